@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the maps of pfntrace.bpf.c hold: settings, VMs, one entry per thread,
+ * counters, pages.
+ */
+#ifndef PFNTRACE_STATE_H
+#define PFNTRACE_STATE_H
+
+struct config {
+	u64 gfn_lo;		/* --gfn: records outside are filtered */
+	u64 gfn_hi;
+	u32 armed;		/* no probe does anything before this is 1 */
+	u32 n_pids;		/* --vm: number of entries in pids, 0 = all VMs */
+	u32 next_vm;
+	u32 bit_clearers;	/* threads that age or clean SPTEs right now */
+};
+
+struct vm_entry {
+	u32 id;
+	u32 tgid;
+	u32 traced;
+	u32 created;		/* 1: its VM create record was written */
+};
+
+/* Loss accounting: produced = written + lost + filtered, per cpu and kind. */
+struct kind_counts {
+	u64 produced;
+	u64 lost;		/* ring full */
+	u64 filtered;		/* --vm, --gfn */
+	u64 torn;		/* its end was missed (kretprobe instances ran out); counted in lost too */
+};
+
+/*
+ * One thread's open fault and the reasons it is inside.  Never deleted, so
+ * that a fault costs no insert and no delete; the map is an LRU.
+ */
+struct thread_state {
+	struct fault_record rec;	/* filled as the fault proceeds */
+	u64 fault;		/* struct kvm_page_fault, 0: no fault open */
+	u64 kvm;		/* VM of the fault or of the innermost reason */
+	u64 causes;		/* stack of enum spte_cause, innermost in the low nibble */
+	u64 arg;		/* notifier callback at work: its range ... */
+	u64 arg2;		/* ... and its VM */
+	u64 pin_what;		/* kvm_vcpu_map() or refresh at work: map or gpc ... */
+	u64 pin_who;		/* ... and vcpu or gpc */
+	u64 dying;		/* VM whose kvm_arch_destroy_vm() runs here */
+	u64 walk;		/* struct follow_pfnmap_args while the walk runs */
+	u64 set_sptep;		/* mmu_set_spte() at work on this entry ... */
+	u64 set_old;		/* ... which held this */
+	u64 set_gfn;
+	u64 set_prefetch;
+	u64 released_pfn;	/* to see one put once, see on_release() */
+	s32 released_count;
+	u32 vm;
+	u64 last_slot;
+};
+
+#define PAGE_CHUNK 4096
+struct page_chunk {
+	u8 b[PAGE_CHUNK];
+};
+#define PAGE_MAPPED 1		/* mapped into a guest since it was last freed */
+#define PAGE_FREED 2		/* freed after that, not yet handed out again */
+
+#define RB_NO_WAKEUP 1
+#define RB_FORCE_WAKEUP 2
+
+#endif

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Linked into each KVM selftest with -Wl,--wrap=close: when the environment has
+ * KVM_STATS_JSON=FILE, append to FILE one JSON line with KVM's own statistics for
+ * each VM and vCPU, just before its fd is closed, or at exit if it never is.
+ *
+ * {"fd_kind":"vm"|"vcpu","pid":N,"fd":N,"stats":{...}}
+ */
+#include <dirent.h>
+#include <fcntl.h>
+
+#include "kvm_stats.h"
+
+int __real_close(int fd);
+int __wrap_close(int fd);
+
+/* "vm", "vcpu" or NULL, by the name of the anonymous inode behind fd. */
+static const char *fd_kind(int fd)
+{
+	char path[64], target[64] = "";
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	if (readlink(path, target, sizeof(target) - 1) < 0)
+		return NULL;
+	if (!strncmp(target, "anon_inode:kvm-vcpu-stats", 25) ||
+	    !strncmp(target, "anon_inode:kvm-vm-stats", 23))
+		return NULL;
+	if (!strncmp(target, "anon_inode:kvm-vcpu", 19))
+		return "vcpu";
+	return !strncmp(target, "anon_inode:kvm-vm", 17) ? "vm" : NULL;
+}
+
+static void report(int fd)
+{
+	const char *name = getenv("KVM_STATS_JSON");
+	const char *kind = name ? fd_kind(fd) : NULL;
+	char *text = NULL;
+	size_t size = 0;
+
+	if (!kind)
+		return;
+	FILE *line = open_memstream(&text, &size);
+	if (!line)
+		return;
+	fprintf(line, "{\"fd_kind\":\"%s\",\"pid\":%d,\"fd\":%d,\"stats\":", kind, getpid(), fd);
+	kvm_stats_json(line, fd);
+	fputs("}\n", line);
+	fclose(line);
+
+	/* One write, so that threads which close at once do not mix their lines. */
+	int out = open(name, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+	if (out < 0 || write(out, text, size) != (ssize_t)size)
+		perror(name);
+	if (out >= 0)
+		__real_close(out);
+	free(text);
+}
+
+int __wrap_close(int fd)
+{
+	report(fd);
+	return __real_close(fd);
+}
+
+static void __attribute__((destructor)) report_rest(void)
+{
+	DIR *fds = opendir("/proc/self/fd");
+	struct dirent *entry;
+
+	while (fds && (entry = readdir(fds)))
+		if (entry->d_name[0] != '.')
+			report(atoi(entry->d_name));
+}
