@@ -102,7 +102,6 @@ HOOKS: tuple[Hook, ...] = (
         "",
         "SPTEs of the TDP MMU cannot be seen",
         required=True,
-        fentry=True,
     ),
     Hook(
         "set_spte",

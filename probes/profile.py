@@ -139,9 +139,9 @@ def _fentry_refusal(facts: KernelFacts, hook: Hook, symbol: str) -> str:
         return "this bcc has no MODULE_KFUNC_PROBE"
     if symbol not in facts.functions:
         return "not in BTF"
-    needed = {"spte": _FENTRY_ARGS_MAX + 1}.get(hook.name, len(facts.functions[symbol]))
-    if len(facts.functions[symbol]) > _FENTRY_ARGS_MAX:
-        return f"{needed} arguments, fentry takes {_FENTRY_ARGS_MAX}"
+    count = len(facts.functions[symbol])
+    if count > _FENTRY_ARGS_MAX:
+        return f"{count} arguments, fentry takes {_FENTRY_ARGS_MAX}"
     return ""
 
 
@@ -297,10 +297,14 @@ def _optional_defines(facts: KernelFacts, choices: dict[str, HookChoice]) -> dic
             found[f"O_map_{member}"] = _offset(facts, "kvm_host_map", member)
     if "gpc" in choices:
         found["HAVE_gpc"] = 1
-        for member in ("kvm", "gpa", "pfn", "uhva"):
+        for member in ("gpa", "pfn", "uhva"):
             found[f"O_gpc_{member}"] = _offset(facts, "gfn_to_pfn_cache", member)
         names = facts.functions.get(choices["gpc"].symbols[0], ("gpc",))
+        # 6.1 passes the VM, later caches know it: Linux 8c82a0b3ba1a ("KVM: Store immutable
+        # gfn_to_pfn_cache properties").
         found["V_gpc_arg"] = names.index("gpc") if "gpc" in names else 0
+        if not found["V_gpc_arg"]:
+            found["O_gpc_kvm"] = _offset(facts, "gfn_to_pfn_cache", "kvm")
     if "finish_fault" in choices:
         found["HAVE_finish_fault"] = 1
     if "release_pfn_clean" in choices:

@@ -116,6 +116,10 @@ class KernelSide:
             except Exception as err:
                 first = next((line for line in said() if "error" in line), str(err))
                 raise ProbeLoadError(f"the probes do not compile: {first}; report this") from err
+            try:
+                self._fill_tails()
+            except Exception as err:
+                raise ProbeLoadError(f"the kernel refused the programs: {_last(said())}") from err
         self._configure()
 
     def _configure(self) -> None:
@@ -126,6 +130,11 @@ class KernelSide:
         config[0] = leaf
         for pid in self._settings.pids:
             self._bpf["pids"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
+
+    def _fill_tails(self) -> None:
+        # Every kprobe that writes an event ends in this program.
+        program = self._bpf.load_func("tail_event", self._bpf.KPROBE)
+        self._bpf["tails"][ctypes.c_int(0)] = ctypes.c_int(program.fd)
 
     def attach(self) -> None:
         """Attach everything in the profile; what an optional hook refuses is kept in `failed`.
@@ -138,8 +147,7 @@ class KernelSide:
                 try:
                     self._attach_one(a.how, a.symbol, a.program)
                 except Exception as err:
-                    lines = said()
-                    reason = next((s for s in reversed(lines) if s), str(err))
+                    reason = _last(said()) or str(err)
                     self.failed.append((a.hook, a.symbol, reason))
                     if a.hook in required:
                         raise ProbeLoadError(
@@ -203,6 +211,10 @@ class KernelSide:
         if self._bpf is not None:
             self._bpf.cleanup()
             self._bpf = None
+
+
+def _last(lines: list[str]) -> str:
+    return next((line for line in reversed(lines) if line), "")
 
 
 def _required_hooks() -> list[Any]:

@@ -34,6 +34,8 @@ BPF_TABLE("lru_hash", u64, u64, table_kvm, 65536);	/* shadow page table -> struc
 BPF_PERCPU_ARRAY(counts, struct kind_counts, KIND_MAX);
 BPF_PERCPU_ARRAY(seqs, u32, 1);
 BPF_ARRAY(pages, struct page_chunk, V_PAGE_CHUNKS);
+BPF_PERCPU_ARRAY(pendings, struct pending, 1);
+BPF_PROG_ARRAY(tails, 1);
 #if WANT_STACKS
 BPF_STACK_TRACE(stacks, 16384);
 #endif
@@ -84,16 +86,16 @@ inline_fn struct thread_state *thread_get(void)
 /* Numbers VMs from 1; inserting the number is what makes it unique. */
 inline_fn u32 new_vm_id(struct config *cfg, u64 kvm)
 {
-	u32 id = cfg->next_vm, i;
+	u32 id = cfg->next_vm + 1;
 
-	for (i = 0; i < 8; i++) {
-		id++;
-		if (!vm_ids.insert(&id, &kvm)) {
-			cfg->next_vm = id;
-			return id;
-		}
+	if (vm_ids.insert(&id, &kvm)) {
+		/* Two VMs were met at the same moment: any free number will do. */
+		id = bpf_get_prandom_u32() | 1U << 31;
+		vm_ids.insert(&id, &kvm);
+		return id;
 	}
-	return 0;
+	cfg->next_vm = id;
+	return id;
 }
 
 /*
@@ -246,7 +248,7 @@ inline_fn void mark_mapped(u64 pfn, u32 level)
 	}
 	/* 2M leaves fill an eighth of a chunk; of a 1G leaf only its first 2M are marked. */
 	u64 *w = (u64 *)&c->b[pfn % PAGE_CHUNK & ~511ULL];
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < 64; i++)
 		w[i] = PAGE_MAPPED * 0x0101010101010101ULL;
 }
@@ -284,6 +286,7 @@ inline_fn u64 move_pages(u64 pfn, u32 order, u64 from, u64 to)
 	hits |= move_page(c, at + 2, from, to) | move_page(c, at + 3, from, to);
 	if (order == 2)
 		return hits;
+#pragma clang loop unroll(disable)
 	for (i = 0; i < 128; i++) {	/* MAX_PAGE_ORDER 10 */
 		if (i >= 1U << (order - 3))
 			break;
@@ -294,6 +297,92 @@ inline_fn u64 move_pages(u64 pfn, u32 order, u64 from, u64 to)
 		*w = (*w & ~hit) | (to ? hit << 1 : 0);
 	}
 	return hits;
+}
+
+/* ------------------------------------------------------------------ */
+/* Events on their way out                                             */
+
+/* The reason to write down; a zap in a VM without users is its teardown. */
+inline_fn u32 cause_now(struct thread_state *st, u64 kvm)
+{
+	u32 cause = st ? st->causes & 15 : CAUSE_OTHER;
+
+	if (cause == CAUSE_OTHER || cause == CAUSE_ROOT || cause == CAUSE_SLOT)
+		if (!PEEK(u32, kvm + O_kvm_users_count))
+			return CAUSE_TEARDOWN;
+	return cause;
+}
+
+/* Starts an event in this cpu's scratch space; `kvm` may be 0. */
+inline_fn struct pending *pending_event(u32 kind, u32 op, u64 kvm)
+{
+	int zero = 0;
+	struct pending *p = pendings.lookup(&zero);
+
+	if (!p)
+		return NULL;
+	__builtin_memset(p, 0, sizeof(*p));
+	p->kind = kind;
+	p->op = op;
+	p->kvm = kvm;
+	p->e.h.vcpu = -1;
+	return p;
+}
+
+/* Names the VM, filters, looks at the page, writes. */
+inline_fn void finish_event(void *ctx, struct pending *p)
+{
+	struct thread_state *st = thread_find();
+	struct config *cfg = armed_config();
+	struct event_record *e = &p->e;
+	struct vm_entry *vm;
+
+	if (!cfg)
+		return;
+	if (st && st->fault && st->kvm == p->kvm) {
+		e->h.vm = st->vm;
+		e->h.vcpu = st->rec.h.vcpu;
+		e->h.fault_ts = st->rec.h.fault_ts;
+		if (p->flags & PENDING_MARK && st->rec.sptes < 255)
+			st->rec.sptes++;
+	} else if (p->kvm) {
+		vm = vm_of(cfg, p->kvm);
+		if (vm && !vm->traced) {
+			count_filtered(p->kind);
+			return;
+		}
+		e->h.vm = vm ? vm->id : 0;
+	}
+	if (p->flags & PENDING_GFN && !gfn_wanted(cfg, e->gfn, e->level)) {
+		count_filtered(p->kind);
+		return;
+	}
+	if (p->flags & PENDING_CAUSE && !e->cause)
+		e->cause = cause_now(st, p->kvm);
+	if (p->flags & PENDING_PAGE)
+		read_page(e->pfn, &e->page);
+	if (p->flags & PENDING_MARK)
+		mark_mapped(e->pfn, e->level);
+	emit_event(ctx, e, p->kind, p->op, p->flags & PENDING_WAKE ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
+}
+
+/*
+ * kprobes and kretprobes end in a tail call to this one program, so that its
+ * code is compiled and verified once and not in every hook.
+ */
+int tail_event(struct pt_regs *ctx)
+{
+	int zero = 0;
+	struct pending *p = pendings.lookup(&zero);
+
+	if (p)
+		finish_event(ctx, p);
+	return 0;
+}
+
+inline_fn void send_event(struct pt_regs *ctx)
+{
+	tails.call(ctx, 0);
 }
 
 /* ------------------------------------------------------------------ */
@@ -699,58 +788,29 @@ inline_fn u64 spte_pfn(u64 spte)
 	return (spte & V_SPTE_ADDR_MASK) >> 12;
 }
 
-/* The reason to write down; a zap in a VM without users is its teardown. */
-inline_fn u32 cause_now(struct thread_state *st, u64 kvm)
+/* Describes one leaf change; false if neither side is a leaf. */
+inline_fn struct pending *leaf_event(u64 kvm, u64 gfn, u64 old, u64 new, u32 level, u32 as_id,
+				     u64 sptep, u32 mmu, u32 cause)
 {
-	u32 cause = st ? st->causes & 15 : CAUSE_OTHER;
-
-	if (cause == CAUSE_OTHER || cause == CAUSE_ROOT || cause == CAUSE_SLOT)
-		if (!PEEK(u32, kvm + O_kvm_users_count))
-			return CAUSE_TEARDOWN;
-	return cause;
-}
-
-/* Writes one leaf change; was or is must be a leaf. */
-inline_fn void on_leaf(void *ctx, struct config *cfg, struct thread_state *st, u64 kvm, u64 gfn,
-		       u64 old, u64 new, u32 level, u32 as_id, u64 sptep, u32 mmu, u32 cause)
-{
-	struct event_record e = {};
 	int was = is_leaf(old, level), is = is_leaf(new, level);
-	struct vm_entry *vm;
+	struct pending *p;
 
-	if (st && st->fault && st->kvm == kvm) {
-		e.h.vm = st->vm;
-		e.h.vcpu = st->rec.h.vcpu;
-		e.h.fault_ts = st->rec.h.fault_ts;
-		if (is && st->rec.sptes < 255)
-			st->rec.sptes++;
-	} else {
-		vm = vm_of(cfg, kvm);
-		if (vm && !vm->traced) {
-			count_filtered(KIND_SPTE);
-			return;
-		}
-		e.h.vm = vm ? vm->id : 0;
-		e.h.vcpu = -1;
-	}
-	if (!gfn_wanted(cfg, gfn, level)) {
-		count_filtered(KIND_SPTE);
-		return;
-	}
-	e.gfn = gfn;
-	e.pfn = spte_pfn(is ? new : old);
-	e.a = old;
-	e.b = new;
-	e.c = sptep;
-	e.level = level;
-	e.as_id = as_id;
-	e.mmu = mmu;
-	e.cause = cause ? cause : cause_now(st, kvm);
-	read_page(e.pfn, &e.page);
-	if (is)
-		mark_mapped(e.pfn, level);
-	emit_event(ctx, &e, KIND_SPTE, was && is ? OP_CHANGE : is ? OP_INSTALL : OP_ZAP,
-		   RB_NO_WAKEUP);
+	if (!was && !is)
+		return NULL;
+	p = pending_event(KIND_SPTE, was && is ? OP_CHANGE : is ? OP_INSTALL : OP_ZAP, kvm);
+	if (!p)
+		return NULL;
+	p->flags = PENDING_GFN | PENDING_CAUSE | PENDING_PAGE | (is ? PENDING_MARK : 0);
+	p->e.gfn = gfn;
+	p->e.pfn = spte_pfn(is ? new : old);
+	p->e.a = old;
+	p->e.b = new;
+	p->e.c = sptep;
+	p->e.level = level;
+	p->e.as_id = as_id;
+	p->e.mmu = mmu;
+	p->e.cause = cause;
+	return p;
 }
 
 /*
@@ -765,36 +825,20 @@ inline_fn int bits_by_tracepoint(struct thread_state *st)
 	return HAVE_tdp_spte_changed && (cause == CAUSE_AGING || cause == CAUSE_DIRTY_LOG);
 }
 
-inline_fn void on_spte_changed(void *ctx, u64 kvm, u64 second, u64 gfn, u64 old, u64 new, u32 level)
-{
-	struct thread_state *st;
-	struct config *cfg;
-	u32 as_id = second;
-
-	if (old == new || !(is_leaf(old, level) || is_leaf(new, level)))
-		return;
-	cfg = armed_config();
-	if (!cfg)
-		return;
-	st = thread_find();
-	if (bits_by_tracepoint(st))
-		return;
-#if HAVE_changed_sp	/* the second argument is struct kvm_mmu_page since 7.x */
-	as_id = PEEK(u32, second + O_sp_role) >> V_role_smm_shift & 1;
-#endif
-	on_leaf(ctx, cfg, st, kvm, gfn, old, new, level, as_id, 0, MMU_TDP, 0);
-}
-
-#if FENTRY_spte
-int FENTRY_KVM(SYM_spte)(u64 *ctx)
-{
-	on_spte_changed(ctx, ctx[0], ctx[1], ctx[2], ctx[3], ctx[4], ctx[5]);
-	return 0;
-}
-#elif HAVE_spte
+#if HAVE_spte
+/* __handle_changed_spte(kvm, as_id or sp, gfn, old_spte, new_spte, level, shared) */
 int kp_spte(struct pt_regs *ctx)
 {
-	on_spte_changed(ctx, ctx->di, ctx->si, ctx->dx, ctx->cx, ctx->r8, ctx->r9);
+	u64 old = ctx->cx, new = ctx->r8;
+	u32 as_id = ctx->si;
+
+	if (old == new || !armed_config() || bits_by_tracepoint(thread_find()))
+		return 0;
+#if HAVE_changed_sp	/* the second argument is struct kvm_mmu_page since 7.x */
+	as_id = PEEK(u32, ctx->si + O_sp_role) >> V_role_smm_shift & 1;
+#endif
+	if (leaf_event(ctx->di, ctx->dx, old, new, ctx->r9, as_id, 0, MMU_TDP, 0))
+		send_event(ctx);
 	return 0;
 }
 #endif
@@ -805,20 +849,17 @@ int raw_tracepoint__kvm_tdp_mmu_spte_changed(struct bpf_raw_tracepoint_args *ctx
 {
 	struct config *cfg = armed_config();
 	struct thread_state *st;
-	u64 old, new;
-	u32 level;
+	struct pending *p;
 
 	if (!cfg || !cfg->bit_clearers)
 		return 0;
 	st = thread_find();
 	if (!st || !bits_by_tracepoint(st))
 		return 0;
-	level = ctx->args[2];
-	old = ctx->args[3];
-	new = ctx->args[4];
-	if (is_leaf(old, level) || is_leaf(new, level))
-		on_leaf(ctx, cfg, st, st->kvm, ctx->args[1], old, new, level, ctx->args[0], 0,
-			MMU_TDP, 0);
+	p = leaf_event(st->kvm, ctx->args[1], ctx->args[3], ctx->args[4], ctx->args[2],
+		       ctx->args[0], 0, MMU_TDP, 0);
+	if (p)
+		finish_event(ctx, p);
 	return 0;
 }
 #endif
@@ -843,15 +884,13 @@ inline_fn u64 sp_gfn(u64 sp, u64 sptep, u32 role)
 	return gfn + (index << (level - 1) * 9);
 }
 
-inline_fn void on_shadow_leaf(void *ctx, struct config *cfg, struct thread_state *st, u64 kvm,
-			      u64 sptep, u64 old, u64 new, u32 cause)
+inline_fn struct pending *shadow_leaf(u64 kvm, u64 sptep, u64 old, u64 new, u32 mmu, u32 cause)
 {
 	u64 sp = sp_of(sptep);
-	u32 role = PEEK(u32, sp + O_sp_role), level = role & 15;
+	u32 role = PEEK(u32, sp + O_sp_role);
 
-	if (is_leaf(old, level) || is_leaf(new, level))
-		on_leaf(ctx, cfg, st, kvm, sp_gfn(sp, sptep, role), old, new, level,
-			role >> V_role_smm_shift & 1, sptep, MMU_SHADOW, cause);
+	return leaf_event(kvm, sp_gfn(sp, sptep, role), old, new, role & 15,
+			  role >> V_role_smm_shift & 1, sptep, mmu, cause);
 }
 
 /* mmu_set_spte(vcpu, slot, sptep, pte_access, gfn, pfn, fault): fault NULL is a prefetch */
@@ -876,28 +915,26 @@ int kp_set_spte(struct pt_regs *ctx)
 int kr_set_spte(struct pt_regs *ctx)
 {
 	struct thread_state *st = open_fault();
-	struct config *cfg = armed_config();
 	u64 sptep, new;
 
-	if (!st || !cfg || !st->set_sptep)
+	if (!st || !st->set_sptep)
 		return 0;
 	sptep = st->set_sptep;
 	st->set_sptep = 0;
 	new = PEEK(u64, sptep);
-	if (new != st->set_old)
-		on_shadow_leaf(ctx, cfg, st, st->kvm, sptep, st->set_old, new,
-			       st->set_prefetch ? CAUSE_PREFETCH : 0);
+	if (new != st->set_old && shadow_leaf(st->kvm, sptep, st->set_old, new, MMU_SHADOW,
+					      st->set_prefetch ? CAUSE_PREFETCH : 0))
+		send_event(ctx);
 	return 0;
 }
 
 /* mmu_spte_clear_track_bits(kvm, sptep): every way a shadow leaf goes */
 int kp_clear_spte(struct pt_regs *ctx)
 {
-	struct config *cfg = armed_config();
 	struct thread_state *st;
 	u64 old;
 
-	if (!cfg)
+	if (!armed_config())
 		return 0;
 	old = PEEK(u64, ctx->si);
 	if (!(old & PRESENT))
@@ -905,18 +942,18 @@ int kp_clear_spte(struct pt_regs *ctx)
 	st = thread_find();
 	if (st && st->set_sptep == ctx->si)
 		st->set_old = 0;
-	on_shadow_leaf(ctx, cfg, st, ctx->di, ctx->si, old, 0, 0);
+	if (shadow_leaf(ctx->di, ctx->si, old, 0, MMU_SHADOW, 0))
+		send_event(ctx);
 	return 0;
 }
 
 /* mmu_spte_update(sptep, new_spte): protection, aging, dirty logging; no VM in sight */
 int kp_update_spte(struct pt_regs *ctx)
 {
-	struct config *cfg = armed_config();
 	struct thread_state *st;
 	u64 old, table, *kvm;
 
-	if (!cfg)
+	if (!armed_config())
 		return 0;
 	st = thread_find();
 	if (st && st->set_sptep == ctx->di)
@@ -926,8 +963,8 @@ int kp_update_spte(struct pt_regs *ctx)
 		return 0;
 	table = ctx->di >> 12;
 	kvm = table_kvm.lookup(&table);
-	if (kvm)
-		on_shadow_leaf(ctx, cfg, st, *kvm, ctx->di, old, ctx->si, 0);
+	if (kvm && shadow_leaf(*kvm, ctx->di, old, ctx->si, MMU_SHADOW, 0))
+		send_event(ctx);
 	return 0;
 }
 
@@ -935,20 +972,18 @@ int kp_update_spte(struct pt_regs *ctx)
 /* kvmmmu:fast_page_fault(vcpu, fault, sptep, old_spte, ret) */
 int raw_tracepoint__fast_page_fault(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 sptep = ctx->args[2], old = ctx->args[3], new, sp;
+	u64 sptep = ctx->args[2], old = ctx->args[3], new;
 	struct thread_state *st = open_fault();
-	struct config *cfg = armed_config();
-	u32 role;
+	struct pending *p;
 
-	if (!st || !cfg || !sptep)
+	if (!st || !sptep)
 		return 0;
 	new = PEEK(u64, sptep);
 	if (new == old || (int)ctx->args[4] != V_RET_PF_FIXED)
 		return 0;
-	sp = sp_of(sptep);
-	role = PEEK(u32, sp + O_sp_role);
-	on_leaf(ctx, cfg, st, st->kvm, sp_gfn(sp, sptep, role), old, new, role & 15,
-		role >> V_role_smm_shift & 1, sptep, st->rec.mmu, CAUSE_FAST);
+	p = shadow_leaf(st->kvm, sptep, old, new, st->rec.mmu, CAUSE_FAST);
+	if (p)
+		finish_event(ctx, p);
 	return 0;
 }
 #endif
@@ -961,64 +996,57 @@ int raw_tracepoint__fast_page_fault(struct bpf_raw_tracepoint_args *ctx)
  * has it inlined in others.  A put shows once: the inner call finds the count
  * still as the outer one left it on paper.
  */
-inline_fn void on_release(void *ctx, u32 call, u64 pfn)
+inline_fn int on_release(u32 call, u64 pfn)
 {
 	struct config *cfg = armed_config();
-	struct event_record e = {};
 	struct thread_state *st;
+	struct pending *p;
 	u32 tgid;
 
 	if (!cfg || pfn >> 40)
-		return;
+		return 0;
 	st = thread_get();
-	if (!st)
-		return;
-	read_page(pfn, &e.page);
-	if (st->released_pfn == pfn + 1 && st->released_count == e.page.refcount &&
-	    call < CALL_MARK_ACCESSED) {
-		st->released_pfn = 0;
-		return;
-	}
+	p = pending_event(KIND_RELEASE, OP_NONE, st && (st->fault || st->causes) ? st->kvm : 0);
+	if (!st || !p)
+		return 0;
+	read_page(pfn, &p->e.page);
 	if (call < CALL_MARK_ACCESSED) {
+		if (st->released_pfn == pfn + 1 && st->released_count == p->e.page.refcount) {
+			st->released_pfn = 0;
+			return 0;
+		}
 		st->released_pfn = pfn + 1;
-		st->released_count = e.page.refcount;
+		st->released_count = p->e.page.refcount;
 	}
-	if (cfg->n_pids && !st->vm) {
+	if (cfg->n_pids && !p->kvm) {
 		tgid = bpf_get_current_pid_tgid() >> 32;
 		if (!pids.lookup(&tgid)) {
 			count_filtered(KIND_RELEASE);
-			return;
+			return 0;
 		}
 	}
-	e.h.vcpu = -1;
+	p->e.pfn = pfn;
+	p->e.cause = call;
 	if (st->fault) {
-		if (!gfn_wanted(cfg, st->rec.gfn, 1)) {
-			count_filtered(KIND_RELEASE);
-			return;
-		}
-		e.h.vm = st->vm;
-		e.h.vcpu = st->rec.h.vcpu;
-		e.h.fault_ts = st->rec.h.fault_ts;
-		e.gfn = st->rec.gfn;
-	} else if (st->causes) {
-		e.h.vm = st->vm;
+		p->flags = PENDING_GFN;
+		p->e.gfn = st->rec.gfn;
 	}
-	e.pfn = pfn;
-	e.cause = call;
-	emit_event(ctx, &e, KIND_RELEASE, OP_NONE, RB_NO_WAKEUP);
+	return 1;
 }
 
 #define RELEASE_PFN(name, call)                                                \
 	int kp_##name(struct pt_regs *ctx)                                     \
 	{                                                                      \
-		on_release(ctx, call, ctx->di);                                \
+		if (on_release(call, ctx->di))                                 \
+			send_event(ctx);                                       \
 		return 0;                                                      \
 	}
 #define RELEASE_PAGE(name, call)                                               \
 	int kp_##name(struct pt_regs *ctx)                                     \
 	{                                                                      \
-		if (is_page_pointer(ctx->di))                                  \
-			on_release(ctx, call, page_pfn(ctx->di));              \
+		if (is_page_pointer(ctx->di) &&                                \
+		    on_release(call, page_pfn(ctx->di)))                       \
+			send_event(ctx);                                       \
 		return 0;                                                      \
 	}
 
@@ -1043,8 +1071,8 @@ int kp_finish_fault(struct pt_regs *ctx)
 
 	if (page && !is_page_pointer(page))
 		page = PEEK(u64, ctx->si + O_fault_refcounted_page);
-	if (is_page_pointer(page))
-		on_release(ctx, CALL_FINISH_FAULT, page_pfn(page));
+	if (is_page_pointer(page) && on_release(CALL_FINISH_FAULT, page_pfn(page)))
+		send_event(ctx);
 	return 0;
 }
 #endif
@@ -1133,27 +1161,21 @@ int kr_reason_clearing(struct pt_regs *ctx)
 /* ------------------------------------------------------------------ */
 /* mmu notifier: invalidations                                         */
 
-inline_fn void on_invalidate(void *ctx, u64 kvm, u64 range, u32 op)
+inline_fn void on_invalidate(struct pt_regs *ctx, u64 kvm, u64 range, u32 op)
 {
-	struct config *cfg = armed_config();
-	struct event_record e = {};
-	struct vm_entry *vm;
+	struct pending *p;
 
-	if (!cfg || !range)
+	if (!armed_config() || !range)
 		return;
-	vm = vm_of(cfg, kvm);
-	if (vm && !vm->traced) {
-		count_filtered(KIND_INVALIDATE);
+	p = pending_event(KIND_INVALIDATE, op, kvm);
+	if (!p)
 		return;
-	}
-	e.h.vm = vm ? vm->id : 0;
-	e.h.vcpu = -1;
-	e.a = PEEK(u64, range + O_range_start);
-	e.b = PEEK(u64, range + O_range_end);
-	e.c = PEEK(u64, kvm + O_kvm_invalidate_seq);
-	e.d = PEEK(u64, kvm + O_kvm_in_progress);
-	e.cause = PEEK(u32, range + O_range_event);
-	emit_event(ctx, &e, KIND_INVALIDATE, op, RB_NO_WAKEUP);
+	p->e.a = PEEK(u64, range + O_range_start);
+	p->e.b = PEEK(u64, range + O_range_end);
+	p->e.c = PEEK(u64, kvm + O_kvm_invalidate_seq);
+	p->e.d = PEEK(u64, kvm + O_kvm_in_progress);
+	p->e.cause = PEEK(u32, range + O_range_event);
+	send_event(ctx);
 }
 
 int kp_invalidate_start(struct pt_regs *ctx)
@@ -1174,12 +1196,14 @@ int kp_invalidate_start(struct pt_regs *ctx)
 int kr_invalidate_start(struct pt_regs *ctx)
 {
 	struct thread_state *st = thread_find();
+	u64 range;
 
 	if (!st || !st->arg)
 		return 0;
 	cause_pop(st);
-	on_invalidate(ctx, st->arg2, st->arg, OP_START);
+	range = st->arg;
 	st->arg = 0;
+	on_invalidate(ctx, st->arg2, range, OP_START);
 	return 0;
 }
 
@@ -1201,11 +1225,13 @@ int kp_invalidate_end(struct pt_regs *ctx)
 int kr_invalidate_end(struct pt_regs *ctx)
 {
 	struct thread_state *st = thread_find();
+	u64 range;
 
 	if (!st || !st->arg)
 		return 0;
-	on_invalidate(ctx, st->arg2, st->arg, OP_END);
+	range = st->arg;
 	st->arg = 0;
+	on_invalidate(ctx, st->arg2, range, OP_END);
 	return 0;
 }
 
@@ -1247,27 +1273,23 @@ int raw_tracepoint__mm_page_alloc(struct bpf_raw_tracepoint_args *ctx)
 /* ------------------------------------------------------------------ */
 /* Pins: kvm_vcpu_map() and the pfn cache                              */
 
-inline_fn void on_pin(void *ctx, u64 kvm, s32 vcpu, u64 gfn, u64 pfn, u64 hva, int ret, u32 op)
+inline_fn void on_pin(struct pt_regs *ctx, u64 kvm, s32 vcpu, u64 gfn, u64 pfn, u64 hva, int ret,
+		      u32 op)
 {
-	struct config *cfg = armed_config();
-	struct event_record e = {};
-	struct vm_entry *vm;
+	struct pending *p;
 
-	if (!cfg)
+	if (!armed_config())
 		return;
-	vm = vm_of(cfg, kvm);
-	if (vm && !vm->traced) {
-		count_filtered(KIND_PIN);
+	p = pending_event(KIND_PIN, op, kvm);
+	if (!p)
 		return;
-	}
-	e.h.vm = vm ? vm->id : 0;
-	e.h.vcpu = vcpu;
-	e.gfn = gfn;
-	e.pfn = pfn;
-	e.b = hva;
-	e.d = ret;
-	read_page(pfn, &e.page);
-	emit_event(ctx, &e, KIND_PIN, op, RB_NO_WAKEUP);
+	p->flags = PENDING_PAGE;
+	p->e.h.vcpu = vcpu;
+	p->e.gfn = gfn;
+	p->e.pfn = pfn;
+	p->e.b = hva;
+	p->e.d = ret;
+	send_event(ctx);
 }
 
 inline_fn void pin_enter(u64 who, u64 what)
@@ -1284,7 +1306,7 @@ inline_fn void pin_enter(u64 who, u64 what)
 }
 
 #if HAVE_vcpu_map
-inline_fn void on_vcpu_map(void *ctx, u64 vcpu, u64 map, int ret, u32 op)
+inline_fn void on_vcpu_map(struct pt_regs *ctx, u64 vcpu, u64 map, int ret, u32 op)
 {
 	on_pin(ctx, PEEK(u64, vcpu + O_vcpu_kvm), PEEK(u32, vcpu + O_vcpu_id),
 	       PEEK(u64, map + O_map_gfn), PEEK(u64, map + O_map_pfn), PEEK(u64, map + O_map_hva),
@@ -1302,10 +1324,13 @@ int kr_vcpu_map(struct pt_regs *ctx)
 {
 	struct thread_state *st = thread_find();
 
-	if (st && st->pin_what)
-		on_vcpu_map(ctx, st->pin_who, st->pin_what, ctx->ax, OP_MAP);
-	if (st)
-		st->pin_what = 0;
+	u64 map;
+
+	if (!st || !st->pin_what)
+		return 0;
+	map = st->pin_what;
+	st->pin_what = 0;
+	on_vcpu_map(ctx, st->pin_who, map, ctx->ax, OP_MAP);
 	return 0;
 }
 
@@ -1323,9 +1348,9 @@ int kp_vcpu_unmap(struct pt_regs *ctx)
 int kp_gpc(struct pt_regs *ctx)
 {
 #if V_gpc_arg == 0
-	pin_enter(ctx->di, ctx->di);
-#else
-	pin_enter(ctx->si, ctx->si);
+	pin_enter(PEEK(u64, ctx->di + O_gpc_kvm), ctx->di);
+#else	/* 6.1: kvm_gfn_to_pfn_cache_refresh(kvm, gpc, ...) */
+	pin_enter(ctx->di, ctx->si);
 #endif
 	return 0;
 }
@@ -1339,7 +1364,7 @@ int kr_gpc(struct pt_regs *ctx)
 		return 0;
 	gpc = st->pin_what;
 	st->pin_what = 0;
-	on_pin(ctx, PEEK(u64, gpc + O_gpc_kvm), -1, PEEK(u64, gpc + O_gpc_gpa) >> 12,
+	on_pin(ctx, st->pin_who, -1, PEEK(u64, gpc + O_gpc_gpa) >> 12,
 	       PEEK(u64, gpc + O_gpc_pfn), PEEK(u64, gpc + O_gpc_uhva), ctx->ax, OP_REFRESH);
 	return 0;
 }
@@ -1353,49 +1378,31 @@ int kp_commit_slot(struct pt_regs *ctx)
 {
 	struct config *cfg = armed_config();
 	u64 old = ctx->si, new = ctx->dx, change = ctx->cx, slot;
-	struct event_record e = {};
-	struct vm_entry *vm;
-	u32 one = 1, op;
+	struct pending *p;
+	u32 one = 1;
 
 	if (!cfg)
 		return 0;
 	reason_enter(cfg, ctx->di, CAUSE_SLOT);
-	vm = vm_of(cfg, ctx->di);
-	if (vm && !vm->traced) {
-		count_filtered(KIND_SLOT);
-		return 0;
-	}
 	slot = change == 1 ? old : new;
 	if (change == 1)
 		slots.delete(&slot);
 	else
 		slots.update(&slot, &one);
-	op = change == 0 ? OP_CREATE : change == 1 ? OP_DELETE : change == 2 ? OP_MOVE : OP_FLAGS;
-	e.h.vm = vm ? vm->id : 0;
-	e.h.vcpu = -1;
-	e.gfn = PEEK(u64, slot + O_slot_base_gfn);
-	e.a = PEEK(u64, slot + O_slot_npages);
-	e.b = PEEK(u64, slot + O_slot_hva);
-	e.c = PEEK(u32, slot + O_slot_flags);
-	e.d = PEEK(u16, slot + O_slot_id);
-	e.as_id = PEEK(u16, slot + O_slot_as_id);
-	emit_event(ctx, &e, KIND_SLOT, op, RB_FORCE_WAKEUP);
+	p = pending_event(KIND_SLOT,
+			  change == 0 ? OP_CREATE : change == 1 ? OP_DELETE :
+			  change == 2 ? OP_MOVE : OP_FLAGS, ctx->di);
+	if (!p)
+		return 0;
+	p->flags = PENDING_WAKE;
+	p->e.gfn = PEEK(u64, slot + O_slot_base_gfn);
+	p->e.a = PEEK(u64, slot + O_slot_npages);
+	p->e.b = PEEK(u64, slot + O_slot_hva);
+	p->e.c = PEEK(u32, slot + O_slot_flags);
+	p->e.d = PEEK(u16, slot + O_slot_id);
+	p->e.as_id = PEEK(u16, slot + O_slot_as_id);
+	send_event(ctx);
 	return 0;
-}
-
-inline_fn void on_vm(void *ctx, u64 kvm, struct vm_entry *vm, u32 op)
-{
-	struct event_record e = {};
-
-	if (!vm->traced) {
-		count_filtered(KIND_VM);
-		return;
-	}
-	e.h.vm = vm->id;
-	e.h.vcpu = -1;
-	e.a = kvm;
-	e.d = vm->tgid;
-	emit_event(ctx, &e, KIND_VM, op, RB_FORCE_WAKEUP);
 }
 
 /* kvm_arch_init_vm(kvm, type): the VM exists from here on */
@@ -1403,6 +1410,7 @@ int kp_create_vm(struct pt_regs *ctx)
 {
 	struct config *cfg = armed_config();
 	struct vm_entry *vm;
+	struct pending *p;
 	u64 kvm = ctx->di;
 
 	if (!cfg)
@@ -1412,7 +1420,13 @@ int kp_create_vm(struct pt_regs *ctx)
 	if (!vm)
 		return 0;
 	vm->created = 1;
-	on_vm(ctx, kvm, vm, OP_CREATE);
+	p = pending_event(KIND_VM, OP_CREATE, kvm);
+	if (!p)
+		return 0;
+	p->flags = PENDING_WAKE;
+	p->e.a = kvm;
+	p->e.d = vm->tgid;
+	send_event(ctx);
 	return 0;
 }
 
@@ -1433,7 +1447,8 @@ int kp_destroy_vm(struct pt_regs *ctx)
 int kr_destroy_vm(struct pt_regs *ctx)
 {
 	struct thread_state *st = thread_find();
-	struct vm_entry *vm;
+	struct vm_entry *vm, last;
+	struct pending *p;
 	u64 kvm;
 
 	if (!st || !armed_config())
@@ -1441,8 +1456,21 @@ int kr_destroy_vm(struct pt_regs *ctx)
 	cause_pop(st);
 	kvm = st->dying;
 	vm = vms.lookup(&kvm);
-	if (vm)
-		on_vm(ctx, kvm, vm, OP_DELETE);
+	if (!vm)
+		return 0;
+	last = *vm;
 	vms.delete(&kvm);
+	if (!last.traced) {
+		count_filtered(KIND_VM);
+		return 0;
+	}
+	p = pending_event(KIND_VM, OP_DELETE, 0);
+	if (!p)
+		return 0;
+	p->flags = PENDING_WAKE;
+	p->e.h.vm = last.id;
+	p->e.a = kvm;
+	p->e.d = last.tgid;
+	send_event(ctx);
 	return 0;
 }

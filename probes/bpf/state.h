@@ -42,7 +42,7 @@ struct thread_state {
 	u64 arg;		/* notifier callback at work: its range ... */
 	u64 arg2;		/* ... and its VM */
 	u64 pin_what;		/* kvm_vcpu_map() or refresh at work: map or gpc ... */
-	u64 pin_who;		/* ... and vcpu or gpc */
+	u64 pin_who;		/* ... and vcpu or kvm */
 	u64 dying;		/* VM whose kvm_arch_destroy_vm() runs here */
 	u64 walk;		/* struct follow_pfnmap_args while the walk runs */
 	u64 set_sptep;		/* mmu_set_spte() at work on this entry ... */
@@ -54,6 +54,22 @@ struct thread_state {
 	u32 vm;
 	u64 last_slot;
 };
+
+/* An event on its way to finish_event(), in per-cpu scratch space. */
+struct pending {
+	struct event_record e;
+	u64 kvm;		/* whose event: 0 if the header says it, or nobody knows */
+	u32 kind;
+	u32 op;
+	u32 flags;
+	u32 pad;
+};
+
+#define PENDING_PAGE 1		/* read the state of e.pfn */
+#define PENDING_MARK 2		/* e.pfn is mapped into a guest now */
+#define PENDING_GFN 4		/* --gfn applies */
+#define PENDING_CAUSE 8		/* e.cause: the thread's reason if none is given */
+#define PENDING_WAKE 16		/* the recorder must look at once */
 
 #define PAGE_CHUNK 4096
 struct page_chunk {

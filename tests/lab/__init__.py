@@ -13,5 +13,14 @@ From Python::
 from .errors import GuestLost, LabError
 from .kernels import KERNELS
 from .run import LabResult, RunOptions, run_in_lab
+from .workloads import sum_stats
 
-__all__ = ("KERNELS", "GuestLost", "LabError", "LabResult", "RunOptions", "run_in_lab")
+__all__ = (
+    "KERNELS",
+    "GuestLost",
+    "LabError",
+    "LabResult",
+    "RunOptions",
+    "run_in_lab",
+    "sum_stats",
+)

@@ -27,14 +27,16 @@ __all__ = ("cache_dir", "ensure", "locked", "progress", "recipe_hash", "sources"
 
 # Pieces of the same name that are kept beside the current one: a run that has just chosen an older
 # recipe (another branch, another checkout) may be about to open it.
-OLD_PIECES_KEPT = 2
+OLD_PIECES_KEPT = 1
 
 _started = time.monotonic()
 
 
 def progress(message: str) -> None:
     """Print one progress line with the seconds since the start to stderr."""
-    print(f"lab: [{time.monotonic() - _started:6.1f}s] {message}", file=sys.stderr, flush=True)
+    # One write, newline included: builds report from several threads.
+    sys.stderr.write(f"lab: [{time.monotonic() - _started:6.1f}s] {message}\n")
+    sys.stderr.flush()
 
 
 def cache_dir() -> Path:
@@ -58,7 +60,7 @@ def locked(name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress(f"{name}: another lab process is at it, waiting")
+            progress(f"waiting for {name}, which is at work already")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ _RUN_USAGE = "lab run --kernel V --out DIR [OPTION…] -- COMMAND…"
 def main(arguments: Sequence[str]) -> int:
     """Run the lab's command line and return its exit status."""
     parsed = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if parsed.verb == "build":
             build([parsed.kernel] if parsed.kernel else list(KERNELS))
@@ -75,6 +77,9 @@ def main(arguments: Sequence[str]) -> int:
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:
+        print("lab: nobody reads our output any more: stopped", file=sys.stderr)
+        return LabError.exit_status
     except KeyboardInterrupt:
         print("lab: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -99,7 +104,6 @@ def _run(parsed: argparse.Namespace) -> int:
         stdout=_writer(1),
         stderr=_writer(2),
     )
-    progress(f"exit status {result.status}; booted in {result.boot_s:.1f} s")
     return result.status
 
 

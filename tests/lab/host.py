@@ -8,6 +8,7 @@ as they are. Imports ``cache`` and ``errors``.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -68,8 +69,9 @@ def install_missing(packages: Mapping[str, str]) -> None:
 
     *packages* maps a tool, or the full path of a file, to the package that has it.
     """
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    os.environ["PATH"] = path
+    path = os.environ.get("PATH", os.defpath)
+    if "/usr/sbin" not in path.split(":"):
+        os.environ["PATH"] = f"{path}:/usr/sbin:/sbin"
     missing = sorted(
         {
             package
@@ -82,8 +84,7 @@ def install_missing(packages: Mapping[str, str]) -> None:
     install = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
     if not shutil.which("apt-get"):
         raise LabError(f"no apt-get here: install by other means what Debian calls {missing}")
-    prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    prefix += ["env", "DEBIAN_FRONTEND=noninteractive"]
+    prefix = _as_root()
     with locked("host-packages"):
         progress(f"installing on the host: {' '.join(missing)}")
         try:
@@ -101,14 +102,26 @@ def install_missing(packages: Mapping[str, str]) -> None:
 
 def mirror() -> str:
     """Return the address of the Debian mirror that the host's apt uses."""
-    targets = run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"]
-    )
+    query = [
+        "apt-get",
+        "indextargets",
+        "--format",
+        "$(REPO_URI) $(RELEASE)",
+        "Created-By: Packages",
+    ]
+    targets = run(query)
+    if not targets:  # apt lists nothing before its first update
+        run([*_as_root(), "apt-get", "update"])
+        targets = run(query)
     for line in targets.splitlines():
         uri, _, release = line.partition(" ")
         if release.strip() in ("bookworm", "trixie", "forky", "sid", "stable", "testing"):
             return uri
     raise LabError("the host's apt has no Debian suite: add one to /etc/apt/sources.list.d")
+
+
+def _as_root() -> list[str]:
+    return [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "env", "DEBIAN_FRONTEND=noninteractive"]
 
 
 def apt_sources(*suites: str) -> str:
@@ -160,9 +173,7 @@ def kernel_packages(package: str, suite: str) -> list[str]:
         queue = [f"{package}/{suite}"]
         while queue:
             shown = run(["apt-cache", *options, "show", "--no-all-versions", queue.pop()])
-            fields = dict(
-                line.split(": ", 1) for line in shown.splitlines() if line[:1].isupper() and ": " in line
-            )
+            fields = dict(re.findall(r"^(\w[\w-]*): (.*)$", shown, re.MULTILINE))
             found.append(f"{fields['Package']}={fields['Version']}")
             for dependency in fields.get("Depends", "").split(", "):
                 name, _, relation = dependency.partition(" ")

@@ -122,8 +122,8 @@ def _build_root(work: Path) -> None:
     wheels.rename(target)
     for folder in (target, tree / "usr/lib/python3/dist-packages"):
         byte_compile(tree, folder, f"/{folder.relative_to(tree)}")
-    for folder in ("lab", "out", "project", "opt/lab"):
-        (tree / folder).mkdir(parents=True)
+    for place in ("lab", "out", "project", "opt/lab"):
+        (tree / place).mkdir(parents=True)
     (tree / "etc/hostname").write_text("lab\n")
     (tree / "usr/local/bin/pfntrace").symlink_to("/lab/bin/pfntrace")
     make_image(tree, work / "root.ext4", slack_mib=512)
@@ -132,7 +132,7 @@ def _build_root(work: Path) -> None:
 def _debian_tree(tree: Path) -> None:
     archive = tree.parent / "root.tar"
     command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(ROOT_PACKAGES)}"]
-    command += ["--aptopt=Acquire::Languages \"none\""]
+    command += ['--aptopt=Acquire::Languages "none"']
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in ROOT_WITHOUT]
     host.run([*command, ROOT_SUITE, str(archive), "-"], stdin=host.apt_sources(ROOT_SUITE))
     tree.mkdir()
@@ -156,10 +156,11 @@ def _python_packages(target: Path) -> None:
 
 
 def kernel_files(kernel: LabKernel) -> Path:
-    """Return the piece with ``vmlinuz``, ``release``, ``tree/`` and ``modules.ext4`` of a kernel."""
+    """Return the piece with ``vmlinuz`` and ``modules.ext4`` of a kernel."""
     recipe = {
         "kernel": (kernel.suite, kernel.package),
-        "code": sources(_build_kernel, make_image),
+        "initrd": INITRD_MODULES,
+        "code": sources(_build_kernel, _initrd_modules, make_image),
     }
     return ensure(f"kernel-{kernel.key}", recipe, lambda work: _build_kernel(kernel, work))
 
@@ -191,10 +192,28 @@ def _build_kernel(kernel: LabKernel, work: Path) -> None:
     packed = "".join(f"{path}\0" for path in modules.rglob("*.ko.xz"))
     host.run(["xargs", "-0r", "-P", "2", "-n", "100", "xz", "-d"], stdin=packed)
     host.run(["depmod", "-b", base, release])
+    for config in unpacked.glob(f"boot/config-{release}"):
+        shutil.move(config, modules / "config")
+    _initrd_modules(work / "tree", release, work / "initrd-modules")
     make_image(modules, work / "modules.ext4", slack_mib=64)
     (work / "release").write_text(release)
-    shutil.rmtree(unpacked)
-    shutil.rmtree(work / "debs")
+    for leftover in ("unpacked", "debs", "tree"):
+        shutil.rmtree(work / leftover)
+
+
+# Copy what INITRD_MODULES need, and write the order in which to load them.
+def _initrd_modules(tree: Path, release: str, target: Path) -> None:
+    target.mkdir()
+    order: list[str] = []
+    for module in INITRD_MODULES:
+        shown = host.run(["modprobe", "-d", str(tree), "-S", release, "--show-depends", module])
+        for line in shown.splitlines():
+            kind, _, rest = line.partition(" ")
+            path = Path(rest.strip())
+            if kind == "insmod" and path.name not in order:
+                order.append(path.name)
+                shutil.copy2(path, target / path.name)
+    (target / "order").write_text("".join(f"{name}\n" for name in order))
 
 
 def initrd(kernel: LabKernel) -> Path:
@@ -203,7 +222,6 @@ def initrd(kernel: LabKernel) -> Path:
     files = kernel_files(kernel)
     recipe = {
         "kernel": files.name,
-        "modules": INITRD_MODULES,
         "script": script,
         "code": sources(_build_initrd),
     }
@@ -213,24 +231,12 @@ def initrd(kernel: LabKernel) -> Path:
 
 def _build_initrd(files: Path, script: str, work: Path) -> None:
     tree = work / "tree"
-    for folder in ("bin", "modules", "new", "proc", "sys", "dev"):
+    for folder in ("bin", "new", "proc", "sys", "dev"):
         (tree / folder).mkdir(parents=True)
+    shutil.copytree(files / "initrd-modules", tree / "modules")
     (package,) = host.download(["busybox-static"], work / "debs")
     host.run(["dpkg-deb", "-x", str(package), str(work / "debs/x")])
     shutil.copy2(next((work / "debs/x").rglob("bin/busybox")), tree / "bin/busybox")
-    release = (files / "release").read_text()
-    order: list[str] = []
-    for module in INITRD_MODULES:
-        shown = host.run(
-            ["modprobe", "-d", str(files / "tree"), "-S", release, "--show-depends", module]
-        )
-        for line in shown.splitlines():
-            kind, _, rest = line.partition(" ")
-            path = Path(rest.strip())
-            if kind == "insmod" and path.name not in order:
-                order.append(path.name)
-                shutil.copy2(path, tree / "modules" / path.name)
-    (tree / "modules/order").write_text("".join(f"{name}\n" for name in order))
     (tree / "init").write_text(script)
     (tree / "init").chmod(0o755)
     names = "".join(f"{path.relative_to(tree)}\n" for path in sorted(tree.rglob("*")))

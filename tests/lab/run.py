@@ -9,7 +9,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,22 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import host, rootfs, workloads
-from .cache import cache_dir, locked, progress
-from .errors import GuestLost, LabError
+from .cache import cache_dir
+from .errors import LabError
 from .kernels import LabKernel, kernel
 from .vm import Disk, Guest, Qemu
 
-__all__ = ("LabResult", "Pieces", "RunOptions", "build", "run_in_lab", "stage_project")
+__all__ = ("DEVICES", "LabResult", "Pieces", "RunOptions", "build", "run_in_lab", "stage_project")
 
 PROJECT = rootfs.HERE.parent.parent
 OUT_SIZE = "8G"
 KERNEL_ARGUMENTS = (
-    "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable "
+    "console=ttyS0 quiet panic=-1 oops=panic mitigations=off tsc=reliable "
     "no_timer_check nowatchdog random.trust_cpu=on"
 )
 BUILD_TOOLS = {**rootfs.HOST_TOOLS, **workloads.HOST_TOOLS, "qemu-system-x86_64": "qemu-system-x86"}
 RUN_TOOLS = {"git": "git", "mke2fs": "e2fsprogs", "qemu-system-x86_64": "qemu-system-x86"}
 DEVICES = ("qxl",)
+NPT_PARAMETER = {"on": "1", "off": "0", None: ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +150,23 @@ def run_in_lab(
 
 
 def _check(options: RunOptions) -> None:
-    folder = rootfs.HERE / "kvm"
     if options.kvm is not None:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if (
-            folder.is_dir()
-        ) else []
-        raise LabError(
-            f"no changed KVM {options.kvm!r} in tests/lab/kvm: available {', '.join(names) or 'none yet'}"
-        )
+        folders = (rootfs.HERE / "kvm").glob("*/")
+        names = ", ".join(sorted(path.name for path in folders)) or "none yet"
+        raise LabError(f"no changed KVM {options.kvm!r} in tests/lab/kvm; available: {names}")
     if options.device not in (None, *DEVICES):
         raise LabError(f"no device {options.device!r}: the lab knows {', '.join(DEVICES)}")
-    if options.npt not in (None, "on", "off"):
+    if options.npt not in NPT_PARAMETER:
         raise LabError(f"npt is on or off, not {options.npt!r}")
 
 
+# A run's own folder. Those of runs that were killed are removed by the next one.
 @contextlib.contextmanager
 def _run_dir() -> Iterator[Path]:
-    work = Path(tempfile.mkdtemp(prefix="run-", dir=cache_dir()))
+    for old in cache_dir().glob("run-*-*"):
+        if not Path("/proc", old.name.split("-")[1]).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f"run-{os.getpid()}-", dir=cache_dir()))
     try:
         yield work
     finally:
@@ -183,8 +183,9 @@ def stage_project(target: Path, root: Path) -> Path:
     target.mkdir(parents=True)
     for name in filter(None, listed.split("\0")):
         source = PROJECT / name
-        if source.is_file() or source.is_symlink():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        # What is deleted and not committed yet is listed as well; folders are submodules.
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             shutil.copy2(source, target / name, follow_symlinks=False)
     rootfs.byte_compile(root / "tree", target, "/project")
     return target
@@ -193,7 +194,7 @@ def stage_project(target: Path, root: Path) -> Path:
 def _write_options(stage: Path, command: Sequence[str], options: RunOptions) -> None:
     lines = [
         f"LAB_KVM={int(options.load_kvm)}",
-        f"LAB_NPT={ {'on': '1', 'off': '0', None: ''}[options.npt] }".replace(" ", ""),
+        f"LAB_NPT={NPT_PARAMETER[options.npt]}",
         f"LAB_DEVICE={options.device or ''}",
     ]
     (stage / "options").write_text("".join(f"{line}\n" for line in lines))

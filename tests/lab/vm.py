@@ -39,9 +39,17 @@ _LAST_WORDS = (
 
 
 def console_tail(console: str, lines: int = CONSOLE_TAIL_LINES) -> str:
-    """Return the last *lines* lines of a *console*, without terminal control sequences."""
+    """Return what of a *console* tells most about its end: *lines* lines at most.
+
+    They begin with the kernel's last words, if it spoke any, else they are the last ones. Terminal
+    control sequences are left out.
+    """
     clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc|\r", "", console)
-    return "\n".join([line for line in clean.splitlines() if line.strip()][-lines:])
+    kept = [line for line in clean.splitlines() if line.strip()]
+    for number, line in enumerate(kept):
+        if any(pattern.search(line) for pattern in _LAST_WORDS):
+            return "\n".join(kept[number : number + lines])
+    return "\n".join(kept[-lines:])
 
 
 def why_lost(console: str, fallback: str) -> str:
@@ -116,6 +124,7 @@ class Guest:
         self._sockets: dict[str, socket.socket] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._messages = b""
+        self._phase, self._deadline = "boot", 0.0
         self.boot_s = 0.0
 
     def __enter__(self) -> Guest:
@@ -161,39 +170,41 @@ class Guest:
         /out is whole).
         """
         begun = time.monotonic()
-        deadline, phase = begun + BOOT_TIMEOUT_S, "boot"
+        self._enter("boot", BOOT_TIMEOUT_S)
         status: int | None = None
-        for name, data in self._events(lambda: deadline):
-            if name == "timeout" and phase == "command":
-                deadline, phase = time.monotonic() + STOP_TIMEOUT_S, "stop"
+        for name, data in self._events():
+            if name in ("stdout", "stderr"):
+                sink(name, data)
+            elif name == "timeout" and self._phase == "command":
+                self._enter("stop", STOP_TIMEOUT_S)
                 self._send(b"stop\n")
             elif name in ("timeout", "gone"):
-                self._lost(name, phase, timeout_s)
-            elif name in ("stdout", "stderr"):
-                sink(name, data)
+                raise self._lost(name, timeout_s)
             for message in self._split(data) if name == "control" else ():
-                if message == "ready" and phase == "boot":
+                if message == "ready":
                     self.boot_s = time.monotonic() - begun
-                    deadline, phase = time.monotonic() + timeout_s, "command"
-                elif message.startswith("exit "):
+                    self._enter("command", timeout_s)
+                elif message.startswith("exit ") and self._phase == "command":
                     status = int(message[5:])
-                    if phase == "command":
-                        deadline, phase = time.monotonic() + STOP_TIMEOUT_S, "end"
+                    self._enter("end", STOP_TIMEOUT_S)
                 elif message == "done":
                     self._drain(sink)
-                    if phase == "stop" or status is None:
-                        self._lost("timeout", "command", timeout_s)
+                    if status is None:
+                        raise self._lost("timeout", timeout_s)
                     return status
-        raise AssertionError("events end with an exception only")
+        raise AssertionError("the events of a guest have no end")
+
+    def _enter(self, phase: str, limit_s: float) -> None:
+        self._phase, self._deadline = phase, time.monotonic() + limit_s
 
     # Yield (port, data) as they come, ("timeout", b"") after the deadline, ("gone", b"") when QEMU
     # is: only then has everything it wrote been read.
-    def _events(self, deadline: Callable[[], float]) -> Iterator[tuple[str, bytes]]:
+    def _events(self) -> Iterator[tuple[str, bytes]]:
         with contextlib.closing(selectors.DefaultSelector()) as selector:
             for name, ours in self._sockets.items():
                 selector.register(ours, selectors.EVENT_READ, name)
             while selector.get_map():
-                left = deadline() - time.monotonic()
+                left = self._deadline - time.monotonic()
                 if left <= 0:
                     yield "timeout", b""
                     continue
@@ -203,8 +214,7 @@ class Guest:
                         yield key.data, data
                     else:
                         selector.unregister(key.fileobj)
-        while True:
-            yield "gone", b""
+        yield "gone", b""
 
     def _split(self, data: bytes) -> list[str]:
         *lines, self._messages = (self._messages + data).split(b"\n")
@@ -222,23 +232,23 @@ class Guest:
         with contextlib.suppress(OSError):
             self._sockets["control"].sendall(message)
 
-    def _lost(self, event: str, phase: str, timeout_s: float) -> None:
+    def _lost(self, event: str, timeout_s: float) -> GuestLost:
         console = self._console.read_text(errors="replace")
         if event == "gone":
             assert self._process is not None
             said = self._errors.read_text(errors="replace").strip().splitlines()[-1:]
-            why = f"QEMU ended with status {self._process.wait()} during {phase}"
+            why = f"QEMU ended with status {self._process.wait()} in phase {self._phase!r}"
             why += f": {said[0]}" if said else ""
-        elif phase == "boot":
+        elif self._phase == "boot":
             why = f"no sign of life {BOOT_TIMEOUT_S:.0f} s after the start"
-        elif phase == "end":
+        elif self._phase == "end":
             why = f"the command ended, the guest did not within {STOP_TIMEOUT_S:.0f} s"
         else:
-            why = f"the command still ran after {timeout_s:g} s"
-            why += "; it did not stop when told to" if phase == "stop" else ""
-        raise GuestLost(why_lost(console, why), console_tail(console))
+            why = f"the command was still running after {timeout_s:g} s"
+        return GuestLost(why_lost(console, why), console_tail(console))
 
 
+# b"" when the other end is gone.
 def _receive(port: socket.socket) -> bytes:
     try:
         return port.recv(READ_BYTES)

@@ -29,6 +29,7 @@ mount_all() {
 	hostname lab
 	ip link set lo up
 	rmdir /out/lost+found
+	ln -s "/lib/modules/$(uname -r)/config" "/boot/config-$(uname -r)"
 }
 
 # port NAME: the device of the virtio-serial port NAME (there is no udev here).
@@ -48,7 +49,8 @@ load_modules() {
 	[ -z "$LAB_DEVICE" ] || modprobe "$LAB_DEVICE" || echo "lab: $LAB_DEVICE does not load"
 }
 
-# Wait for `stop` and end the command's session: politely, then not.
+# Wait for `stop` and end the command's session: politely, then not. When the
+# port closes, the lab itself is gone: power off.
 obey() {
 	while read -r order <&3; do
 		[ "$order" = stop ] || continue
@@ -56,6 +58,7 @@ obey() {
 		sleep 5
 		kill -KILL "-$1"
 	done
+	echo o >/proc/sysrq-trigger
 }
 
 mount_all >/dev/console 2>&1

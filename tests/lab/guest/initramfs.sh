@@ -26,12 +26,16 @@ mount_disk() {
 	return 1
 }
 
-mount_disk root /new rw,noatime &&
-	mount_disk modules "/new/usr/lib/modules/$($B uname -r)" ro &&
-	mount_disk workloads /new/opt/lab ro &&
-	mount_disk run /new/lab ro &&
-	mount_disk out /new/out rw,noatime ||
-	exec $B sh -c 'echo "lab: initramfs: cannot mount the disks"; echo b >/proc/sysrq-trigger'
+if ! {
+	mount_disk root /new rw,noatime &&
+		mount_disk modules "/new/usr/lib/modules/$($B uname -r)" rw,noatime &&
+		mount_disk workloads /new/opt/lab ro &&
+		mount_disk run /new/lab ro &&
+		mount_disk out /new/out rw,noatime
+}; then
+	echo "lab: initramfs: cannot mount the disks"
+	echo b >/proc/sysrq-trigger
+fi
 
 for folder in proc sys dev; do
 	$B mount -o move "/$folder" "/new/$folder"

@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Linked into each KVM selftest with -Wl,--wrap=close: when the environment has
+ * Linked into each KVM selftest with -Wl,--wrap=close,--wrap=ioctl.
+ *
+ * The statistics: when the environment has
  * KVM_STATS_JSON=FILE, append to FILE one JSON line with KVM's own statistics for
  * each VM and vCPU, just before its fd is closed, or at exit if it never is.
  *
  * {"fd_kind":"vm"|"vcpu","pid":N,"fd":N,"stats":{...}}
+ *
+ * The slots: the selftests insist on KVM_SET_USER_MEMORY_REGION2, which is Linux
+ * bb58b90b1a8f ("KVM: Introduce KVM_SET_USER_MEMORY_REGION2") (v6.8). Older kernels
+ * get the first ioctl of that name instead, whose struct is the start of the second.
  */
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
+#include <stdarg.h>
 
 #include "kvm_stats.h"
 
@@ -60,6 +68,25 @@ int __wrap_close(int fd)
 {
 	report(fd);
 	return __real_close(fd);
+}
+
+int __real_ioctl(int fd, unsigned long request, ...);
+int __wrap_ioctl(int fd, unsigned long request, ...);
+
+int __wrap_ioctl(int fd, unsigned long request, ...)
+{
+	va_list list;
+
+	va_start(list, request);
+	void *argument = va_arg(list, void *);
+	va_end(list);
+	int result = __real_ioctl(fd, request, argument);
+
+	if (request == KVM_CHECK_EXTENSION && argument == (void *)KVM_CAP_USER_MEMORY2)
+		return 1;
+	if (request != KVM_SET_USER_MEMORY_REGION2 || result >= 0 || errno != ENOTTY)
+		return result;
+	return __real_ioctl(fd, KVM_SET_USER_MEMORY_REGION, argument);
 }
 
 static void __attribute__((destructor)) report_rest(void)

@@ -22,8 +22,6 @@
 #define CODE_GPA 0x1000UL
 #define BUFFER_GPA 0x10000000UL
 #define PAGEMAP_PRESENT (1ULL << 63)
-#define PAGEMAP_PFN ((1ULL << 55) - 1)
-#define KPF_NOPAGE (1ULL << 20)
 
 static const char usage[] =
 	"usage: ttm-guest [--fill N] [--read] [--delay S] [--linger S] [--expect efault|runs]\n"
@@ -56,8 +54,8 @@ static void host_touch(volatile uint8_t *memory, uint64_t size)
 		memory[offset] = 1;
 }
 
-/* The pfn behind an address of ours, 0 if there is none. */
-static uint64_t pfn_of(const volatile void *address)
+/* Whether an address of ours is mapped: eviction unmaps what it moves. */
+static bool is_mapped(const volatile void *address)
 {
 	uint64_t entry = 0;
 	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
@@ -65,24 +63,10 @@ static uint64_t pfn_of(const volatile void *address)
 	if (fd < 0 || pread(fd, &entry, sizeof(entry), (uintptr_t)address / PAGE * 8) != 8)
 		err(2, "/proc/self/pagemap");
 	close(fd);
-	return entry & PAGEMAP_PRESENT ? entry & PAGEMAP_PFN : 0;
+	return entry & PAGEMAP_PRESENT;
 }
 
-/* Whether a pfn is system memory: it has a struct page. */
-static bool has_page(uint64_t pfn)
-{
-	uint64_t flags = KPF_NOPAGE;
-	int fd = open("/proc/kpageflags", O_RDONLY | O_CLOEXEC);
-
-	if (fd < 0)
-		err(2, "/proc/kpageflags");
-	if (pread(fd, &flags, sizeof(flags), pfn * 8) != 8)
-		flags = KPF_NOPAGE;	/* beyond the last section */
-	close(fd);
-	return !(flags & KPF_NOPAGE);
-}
-
-static volatile uint8_t *buffer_evicted(int fillers)
+static volatile uint8_t *buffer_filled(int fillers, bool *evicted)
 {
 	int drm_fd = open("/dev/dri/card0", O_RDWR | O_CLOEXEC);
 
@@ -92,6 +76,7 @@ static volatile uint8_t *buffer_evicted(int fillers)
 	host_touch(buffer, BUFFER_SIZE);
 	for (int i = 0; i < fillers; i++)
 		host_touch(buffer_create(drm_fd, FILLER_SIZE), FILLER_SIZE);
+	*evicted = !is_mapped(buffer);
 	host_touch(buffer, BUFFER_SIZE);
 	return buffer;
 }
@@ -106,7 +91,7 @@ int main(int argc, char **argv)
 	};
 	double delay_s = 0, linger_s = 0;
 	const char *expect = NULL;
-	bool by_read = false;
+	bool by_read = false, evicted;
 	int fillers = 130, option;
 	uint64_t done = 0;
 
@@ -123,8 +108,8 @@ int main(int argc, char **argv)
 	}
 	if (expect && strcmp(expect, "efault") && strcmp(expect, "runs"))
 		errx(2, "--expect takes efault or runs");
-	volatile uint8_t *buffer = buffer_evicted(fillers);
-	uint64_t pages = BUFFER_SIZE / PAGE, pfn = pfn_of(buffer);
+	volatile uint8_t *buffer = buffer_filled(fillers, &evicted);
+	uint64_t pages = BUFFER_SIZE / PAGE;
 	void *code = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	struct guest guest = guest_create();
 
@@ -135,10 +120,10 @@ int main(int argc, char **argv)
 	int error = guest_touch(&guest, CODE_GPA, BUFFER_GPA, pages, &done);
 	printf("{\"workload\":\"ttm-guest\",\"pid\":%d,\"vm_fd\":%d,\"slot\":1,\"gpa\":%lu,"
 	       "\"gfn\":%lu,\"pages\":%lu,\"hva\":%lu,\"code_gfn\":%lu,\"access\":\"%s\","
-	       "\"memory\":\"%s\",\"first_pfn\":%lu,\"ran\":%lu,\"errno\":%d,\"outcome\":\"%s\"",
+	       "\"evicted\":%s,\"ran\":%lu,\"errno\":%d,\"outcome\":\"%s\"",
 	       getpid(), guest.vm_fd, BUFFER_GPA, BUFFER_GPA / PAGE, pages, (uintptr_t)buffer,
-	       CODE_GPA / PAGE, by_read ? "read" : "write", has_page(pfn) ? "system" : "video",
-	       pfn, done, error, error == EFAULT ? "efault" : error ? "other" : "runs");
+	       CODE_GPA / PAGE, by_read ? "read" : "write", evicted ? "true" : "false", done,
+	       error, error == EFAULT ? "efault" : error ? "other" : "runs");
 	if (error)
 		printf(",\"failed_gfn\":%lu", BUFFER_GPA / PAGE + done);
 	puts("}");

@@ -1,0 +1,109 @@
+# pfntrace: `make help` lists the targets. Everything runs from a fresh clone.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# The Python that makes .venv; 3.11 or newer.
+PYTHON ?= python3
+# 1: `make demo` records on this host instead of in the lab.
+HOST ?= 0
+
+LAB := tests/lab/lab
+BIN := .venv/bin
+DEMO := build/demo
+C_FILES = $(shell find probes/bpf -name '*.[ch]')
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+say = echo "== $(1)"
+# $(1) packages. The lists may be old, or a fresh machine may have none.
+apt_install = { $(call say,apt: installing $(1)); \
+	command -v apt-get >/dev/null || { echo "no apt-get here: install what Debian calls $(1)" >&2; exit 1; }; \
+	$(SUDO) apt-get update -qq && \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
+
+.PHONY: help install check test demo lab bench facts format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: .venv/.installed ## make .venv with everything that Python needs (.venv/bin/pfntrace)
+	@$(call say,installed: $(BIN)/pfntrace)
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pfntrace needs Python 3.11 or newer: make install PYTHON=..." >&2; exit 1; }
+	@# Debian's python3 has no venv of its own: python3-venv brings ensurepip.
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(call apt_install,python3-venv)
+	@$(call say,venv: Python packages into .venv (a minute the first time))
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --disable-pip-version-check --editable '.[dev]' 2>&1 | \
+		sed -un -e 's/^Collecting \([^ ]*\).*/   \1/p' -e '/^ *ERROR/,$$p'
+	@touch $@
+
+check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab (1 minute)
+	@$(call say,format: ruff)
+	@$(BIN)/ruff format --check --quiet . || \
+		{ $(BIN)/ruff format --check . || true; echo "run: make format" >&2; exit 1; }
+	@$(call say,format: clang-format)
+	@$(BIN)/clang-format --dry-run --Werror $(C_FILES) || { echo "run: make format" >&2; exit 1; }
+	@$(call say,lint: ruff)
+	@$(BIN)/ruff check --quiet .
+	@$(call say,types: mypy)
+	@$(BIN)/mypy --no-error-summary
+	@$(call say,layers: import-linter)
+	@mkdir -p build
+	@$(BIN)/lint-imports --no-cache >build/layers.log || { cat build/layers.log; exit 1; }
+	@$(call say,unit tests: pytest)
+	@$(BIN)/python -m pytest -q tests/unit
+
+test: .venv/.installed ## check, then every lab test on all three kernels (builds the lab)
+	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
+	@PFNTRACE_REQUIRE=cc $(MAKE) check
+	@$(MAKE) lab
+	@$(call say,lab tests: pytest (each boots a kernel))
+	@PFNTRACE_REQUIRE=lab,cc $(BIN)/python -m pytest -v -m lab --durations=10 \
+		$(wildcard tests/live) tests/lab
+
+lab: ## build the lab: root file system, three kernels, workloads (cached)
+	@$(call say,lab: building what is missing)
+	@$(LAB) build
+
+demo: .venv/.installed ## record a KVM guest on Linux 6.12 in the lab and report it (HOST=1: here)
+	@mkdir -p $(DEMO)
+	@rm -f $(DEMO)/demo.pfnt
+ifeq ($(HOST),1)
+	@test -e /usr/lib/python3/dist-packages/bcc/libbcc.py || $(call apt_install,python3-bpfcc)
+	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
+	@$(call say,demo: can this host record?)
+	@$(SUDO) $(BIN)/pfntrace doctor >$(DEMO)/doctor.txt || { cat $(DEMO)/doctor.txt; exit 1; }
+	@$(call say,demo: recording a guest that touches a prime number of pages on this host)
+	@cc -O2 -o $(DEMO)/prime-guest tests/lab/workloads/prime_guest.c
+	@$(SUDO) $(BIN)/pfntrace record -o $(DEMO)/demo.pfnt -- $(DEMO)/prime-guest
+else
+	@$(call say,demo: building the smallest part of the lab (some minutes the first time))
+	@$(LAB) build --kernel 6.12
+	@$(call say,demo: booting Linux 6.12 and recording a guest there)
+	@$(LAB) run --kernel 6.12 --out $(DEMO) -- pfntrace record -o /out/demo.pfnt -- prime-guest
+endif
+	@$(call say,demo: $(BIN)/pfntrace report $(DEMO)/demo.pfnt)
+	@$(BIN)/pfntrace report $(DEMO)/demo.pfnt
+
+bench: .venv/.installed ## what recording costs: alone, under pfntrace, under trace-cmd
+	@$(call say,bench: interleaved runs in one boot of the lab (ratios of medians))
+	@$(BIN)/python tests/live/bench.py
+
+facts: .venv/.installed ## capture tests/unit/facts/*.json anew from the lab's kernels
+	@$(call say,facts: observing each kernel of the lab)
+	@$(BIN)/python tests/unit/facts/capture.py
+
+format: .venv/.installed ## format Python and C
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --quiet --fix --select I .
+	@$(BIN)/clang-format -i $(C_FILES)
+
+clean: ## remove what is built here (.venv, caches); the lab's own cache stays
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

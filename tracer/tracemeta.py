@@ -1,0 +1,99 @@
+"""What a trace says about its own making: written once, in the schema's metadata.
+
+May import: `probes.errors`, `tracer.schema`, standard library.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from probes.errors import TraceFormatError
+from tracer.schema import SCHEMA_VERSION
+
+__all__ = ("CRC_KEY", "META_KEY", "TraceMeta")
+
+#: Keys of the Arrow schema's metadata.
+META_KEY = "pfntrace"
+CRC_KEY = "pfntrace.crc"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TraceMeta:
+    """Who recorded what, where and how. Times are ns; `profile` and `settings` are plain JSON."""
+
+    schema_version: int
+    pfntrace_version: str
+    #: the command line, one word each.
+    command: tuple[str, ...]
+    #: when the recording began: wall clock (since 1970) and CLOCK_MONOTONIC, the clock of `ts`.
+    start_unix_ns: int
+    start_monotonic_ns: int
+    hostname: str
+    #: `KernelFacts.to_json()`.
+    facts: str
+    #: generation, hooks, missing, failed, results (RET_PF_* value -> name) of the KernelProfile.
+    profile: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[int, str]:
+        """RET_PF_* value -> name as the recorded kernel numbers them."""
+        return {int(value): str(name) for value, name in self.profile.get("results", {}).items()}
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the key-value pairs for the Arrow schema: the JSON and its checksum."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+        return {META_KEY: text, CRC_KEY: f"{zlib.crc32(text.encode()):08x}"}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> "TraceMeta":
+        """Return what `to_metadata` wrote.
+
+        Raises TraceFormatError (without the file's name) if it is missing, damaged, of another
+        schema version or not of the expected types.
+        """
+        text = (metadata or {}).get(META_KEY.encode())
+        if text is None:
+            raise TraceFormatError("not a pfntrace trace, though an Arrow stream")
+        if (metadata or {}).get(CRC_KEY.encode()) != f"{zlib.crc32(text):08x}".encode():
+            raise TraceFormatError("its head is damaged; nothing of it can be trusted")
+        try:
+            data = json.loads(text)
+            version = data["schema_version"]
+        except (KeyError, TypeError, ValueError, RecursionError) as err:
+            raise TraceFormatError("its head is not a pfntrace description") from err
+        if version != SCHEMA_VERSION:
+            raise TraceFormatError(
+                f"trace of schema version {version!r:.20}, this pfntrace reads {SCHEMA_VERSION}; "
+                "use the pfntrace that recorded it"
+            )
+        return cls._checked(data)
+
+    @classmethod
+    def _checked(cls, data: dict[str, Any]) -> "TraceMeta":
+        if set(data) != {f.name for f in dataclasses.fields(cls)}:
+            raise TraceFormatError("its head lacks a part of the description")
+        data["command"] = tuple(data["command"]) if isinstance(data["command"], list) else None
+        for name, kind in _TYPES.items():
+            if not isinstance(data[name], kind):
+                raise TraceFormatError(f"its head is wrong: {name} is no {kind.__name__}")
+        meta = cls(**data)
+        try:
+            meta.results  # noqa: B018 - a property that must not fail later
+        except (AttributeError, TypeError, ValueError) as err:
+            raise TraceFormatError("its head is wrong: no names of results") from err
+        return meta
+
+
+_TYPES: dict[str, type] = {
+    "pfntrace_version": str,
+    "command": tuple,
+    "start_unix_ns": int,
+    "start_monotonic_ns": int,
+    "hostname": str,
+    "facts": str,
+    "profile": dict,
+    "settings": dict,
+}
