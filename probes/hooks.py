@@ -309,7 +309,9 @@ STRUCTS: dict[str, tuple[str, ...]] = {
     "folio": ("_flags_1",),
     "mm_struct": ("owner",),
     "task_struct": ("tgid",),
-    "vm_area_struct": ("vm_flags", "__vm_flags", "flags"),
+    "vm_area_struct": ("vm_start", "vm_end", "vm_flags", "__vm_flags", "flags", "vm_file"),
+    "file": ("f_inode",),
+    "inode": ("i_rdev",),
     "mmu_notifier_range": ("start", "end", "event"),
     "follow_pfnmap_args": ("vma", "pfn"),
 }

@@ -285,6 +285,11 @@ def _optional_defines(facts: KernelFacts, choices: dict[str, HookChoice]) -> dic
         found["HAVE_pfnmap_args"] = 1
         found["O_pfnmap_vma"] = _offset(facts, "follow_pfnmap_args", "vma")
         found["O_pfnmap_pfn"] = _offset(facts, "follow_pfnmap_args", "pfn")
+        found["O_vma_start"] = _offset(facts, "vm_area_struct", "vm_start")
+        found["O_vma_end"] = _offset(facts, "vm_area_struct", "vm_end")
+        found["O_vma_file"] = _offset(facts, "vm_area_struct", "vm_file")
+        found["O_file_inode"] = _offset(facts, "file", "f_inode")
+        found["O_inode_rdev"] = _offset(facts, "inode", "i_rdev")
         found["O_vma_flags"] = _offset(facts, "vm_area_struct", "vm_flags", "__vm_flags", "flags")
     elif walk:
         found["HAVE_follow_pte"] = 1

@@ -37,6 +37,7 @@ KINDS = (
     "PIN",
     "SLOT",
     "VM",
+    "VMA",
 )
 #: Kinds that share `struct event_record`.
 EVENT_KINDS = KINDS[2:]

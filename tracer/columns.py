@@ -50,7 +50,7 @@ def _gathered_dtype(column: schema.Column, field: str) -> np.dtype[Any]:
         return np.dtype("<i4")
     if column.names or pa.types.is_boolean(column.type):
         return np.dtype("u1")
-    return np.dtype(column.type.to_pandas_dtype())
+    return np.dtype(str(column.type))
 
 
 def _how(column: schema.Column) -> str:

@@ -103,23 +103,24 @@ def examine(facts: KernelFacts, *, attach: str = "auto") -> Examination:
         checks.append(_no_profile(checks, str(err)))
     except LookupError as err:  # a fact that no kernel seen so far lacked
         checks.append(_no_profile(checks, f"BTF does not know {err}; {_REPORT}"))
-    checks.append(_generation(facts))
-    return Examination(facts.release, generation_of(facts), tuple(checks), profile)
+    try:
+        generation = generation_of(facts)
+    except LookupError:
+        generation = "unknown"
+    checks.append(_generation(generation))
+    return Examination(facts.release, generation, tuple(checks), profile)
 
 
 # --- who we are, and what the kernel lets us do ---------------------------------------------------
 
 
 def _machine(facts: KernelFacts) -> Check:
-    known = facts.machine in ("x86_64", "")
-    return Check(
-        "machine",
-        "ok" if known else "missing",
-        facts.machine or "not known" if known else f"this machine is {facts.machine}, not x86-64",
-        "the probes know x86-64 only",
-        "" if known else "record on an x86-64 host; traces can be read anywhere",
-        required=True,
-    )
+    why = "the probes know x86-64 only"
+    if facts.machine in ("x86_64", ""):
+        return Check("machine", "ok", facts.machine or "not known", why, required=True)
+    found = f"this machine is {facts.machine}, not x86-64"
+    remedy = "record on an x86-64 host; a trace can be read anywhere"
+    return Check("machine", "missing", found, why, remedy, required=True)
 
 
 def _lacking(facts: KernelFacts) -> list[str]:
@@ -154,15 +155,10 @@ def _ptrace(facts: KernelFacts) -> Check:
 def _lockdown(facts: KernelFacts) -> Check:
     why = "lockdown 'confidentiality' forbids BPF and kcore to read kernel memory"
     if facts.lockdown == "confidentiality":
-        return Check(
-            "lockdown",
-            "missing",
-            "the kernel is locked down (confidentiality), its memory must not be read",
-            why,
-            "boot with lockdown=integrity or lockdown=none, see kernel_lockdown(7)",
-            required=True,
-        )
-    found = facts.lockdown or "this kernel has none"
+        found = "the kernel is locked down (confidentiality), its memory must not be read"
+        remedy = "boot with lockdown=integrity or lockdown=none, see kernel_lockdown(7)"
+        return Check("lockdown", "missing", found, why, remedy, required=True)
+    found = facts.lockdown or "no /sys/kernel/security/lockdown here"
     return Check("lockdown", "ok", found, why, required=True)
 
 
@@ -183,14 +179,9 @@ def _config(facts: KernelFacts) -> Iterator[Check]:
         if value == "y":
             yield Check(name, "ok", f"{option}=y", why, required=True)
         elif value:
-            yield Check(
-                name,
-                "missing",
-                f"this kernel is built without {option}",
-                why,
-                f"boot a kernel with {option}=y (distribution kernels have it)",
-                required=True,
-            )
+            found = f"this kernel is built without {option}"
+            remedy = f"boot a kernel with {option}=y (distribution kernels have it)"
+            yield Check(name, "missing", found, why, remedy, required=True)
         else:
             found = f"{option}: no kernel configuration in /boot or /proc/config.gz"
             yield Check(name, "unknown", found, why, required=True)
@@ -230,17 +221,12 @@ def _btf_kvm(facts: KernelFacts) -> Check:
         return Check("kvm BTF", "unknown", "shows once kvm is loaded", why, required=True)
     if "kvm_page_fault" in facts.structs:
         return Check("kvm BTF", "ok", "in vmlinux's: kvm is built in", why, required=True)
-    return Check(
-        "kvm BTF",
-        "missing",
-        "the kvm module has no BTF (/sys/kernel/btf/kvm)",
-        why,
-        "boot a kernel with CONFIG_DEBUG_INFO_BTF_MODULES=y",
-        required=True,
-    )
+    found = "the kvm module has no BTF (/sys/kernel/btf/kvm)"
+    remedy = "boot a kernel with CONFIG_DEBUG_INFO_BTF_MODULES=y"
+    return Check("kvm BTF", "missing", found, why, remedy, required=True)
 
 
-_MODPROBE = "modprobe kvm_amd or modprobe kvm_intel, as the processor is"
+_MODPROBE = "modprobe kvm_amd (AMD) or modprobe kvm_intel (Intel)"
 
 
 def _kvm(facts: KernelFacts) -> Check:
@@ -254,6 +240,8 @@ def _kvm(facts: KernelFacts) -> Check:
 def _vendor(facts: KernelFacts) -> Check:
     why = "the processor's half of KVM: without it no guest runs"
     loaded = [m for m in ("kvm_amd", "kvm_intel") if m in facts.modules]
+    if not _has_kvm(facts):
+        return Check("kvm vendor", "unknown", "loads together with kvm", why, required=True)
     if loaded:
         return Check("kvm vendor", "ok", ", ".join(loaded), why, required=True)
     if facts.dev_kvm:
@@ -266,6 +254,8 @@ def _dev_kvm(facts: KernelFacts) -> Check:
     why = "a command that starts a VM opens it; a VM that runs already does not need it"
     if facts.dev_kvm:
         return Check("/dev/kvm", "ok", "there", why)
+    if not _has_kvm(facts):
+        return Check("/dev/kvm", "unknown", "comes with kvm", why)
     return Check("/dev/kvm", "degraded", "not there", why, _MODPROBE)
 
 
@@ -374,12 +364,13 @@ def _no_profile(checks: list[Check], text: str) -> Check:
 
 def _hooks(profile: KernelProfile) -> Iterator[Check]:
     # One check a hook, in the order of the fault path.
-    without = {hook.name: hook.without for hook in (*HOOKS, *TRACEPOINTS)}
-    required = {hook.name for hook in (*HOOKS, *TRACEPOINTS) if hook.required}
+    known = {h.name: (h.without, h.required) for h in HOOKS}
+    known |= {t.name: (t.without, t.required) for t in TRACEPOINTS}
     for choice in profile.hooks:
-        found = f"{' '.join(choice.symbols)} ({choice.how}{_because(choice.note)})"
-        why = without[choice.hook]
-        yield Check(f"hook {choice.hook}", "ok", found, why, required=choice.hook in required)
+        note = f": {choice.note}" if choice.note else ""
+        found = f"{' '.join(choice.symbols)} ({choice.how}{note})"
+        why, required = known[choice.hook]
+        yield Check(f"hook {choice.hook}", "ok", found, why, required=required)
     for missing in profile.missing:
         name = f"hook {missing.hook}"
         if missing.required:
@@ -392,12 +383,7 @@ def _hooks(profile: KernelProfile) -> Iterator[Check]:
             yield Check(name, "ok", "not in this kernel's fault path: nothing is lost")
 
 
-def _because(note: str) -> str:
-    return f": {note}" if note else ""
-
-
-def _generation(facts: KernelFacts) -> Check:
-    generation = generation_of(facts)
+def _generation(generation: str) -> Check:
     why = "names how this kernel holds page references, for readers of the trace"
     if generation == "unknown":
         return Check("generation", "unknown", "shows once kvm's BTF does", why)
@@ -415,25 +401,16 @@ def as_json(examination: Examination, facts: KernelFacts) -> dict[str, Any]:
     tried, why, without, required), facts.
     """
     profile = examination.profile
+    found = [dataclasses.asdict(choice) for choice in profile.hooks] if profile else []
+    missing = [dataclasses.asdict(hook) for hook in profile.missing] if profile else []
     return {
         "can_record": examination.can_record,
         "problem": examination.first_problem or None,
         "kernel": examination.release,
         "generation": examination.generation,
         "checks": [dataclasses.asdict(check) for check in examination.checks],
-        "hooks": {
-            choice.hook: {"symbols": choice.symbols, "how": choice.how, "note": choice.note}
-            for choice in (profile.hooks if profile else ())
-        },
-        "missing_hooks": {
-            missing.hook: {
-                "tried": missing.tried,
-                "why": missing.why,
-                "without": missing.without,
-                "required": missing.required,
-            }
-            for missing in (profile.missing if profile else ())
-        },
+        "hooks": {choice.pop("hook"): choice for choice in found},
+        "missing_hooks": {hook.pop("hook"): hook for hook in missing},
         "facts": json.loads(facts.to_json()),
     }
 
@@ -453,14 +430,15 @@ def _block(status: Status, name: str, *texts: str) -> list[str]:
 
 
 def as_lines(examination: Examination) -> list[str]:
-    """Return the examination as plain text, at most 80 columns, hooks condensed."""
-    lines = [f"Linux {examination.release or '?'}: " + _verdict(examination), ""]
+    """Return the examination as plain text, at most 80 columns, one line for each hook."""
+    lines = [f"Linux {examination.release or '?'}: " + _verdict(examination)]
+    lines += textwrap.wrap(examination.first_problem, _WIDTH, break_on_hyphens=False)
+    lines.append("")
     for check in examination.checks:
-        if check.name.startswith("hook "):
-            continue
-        if check.name == "generation" and examination.profile is not None:
-            lines += _hook_lines(examination, examination.profile)
-        lines += _check_lines(check.name, check)
+        if not check.name.startswith("hook "):
+            lines += _check_lines(check.name, check)
+    if examination.profile is not None:
+        lines += _hook_lines(examination, examination.profile)
     return lines
 
 
@@ -479,15 +457,16 @@ def _check_lines(name: str, check: Check) -> list[str]:
 
 
 def _hook_lines(examination: Examination, profile: KernelProfile) -> list[str]:
+    # One line a symbol: hook, symbol, how; then, with a mark, what is missing and what it costs.
     total = len(HOOKS) + len(TRACEPOINTS)
-    texts = [f"{len(profile.hooks)} of {total}, by what they are attached as:"]
-    for how in dict.fromkeys(choice.how for choice in profile.hooks):
-        found = (f"{c.hook}: {' '.join(c.symbols)}" for c in profile.hooks if c.how == how)
-        texts.append(f"{how.replace('_', ' ')} - {'; '.join(found)}")
     free = [missing.hook for missing in profile.missing if not missing.without]
-    if free:
-        texts.append(f"not in this kernel's fault path: {', '.join(free)}")
-    lines = _block("missing" if profile.blocking else "ok", "hooks", *texts)
+    count = f"{len(profile.hooks)} of {total}, as listed below"
+    absent = f"not in this kernel's fault path: {', '.join(free)}" if free else ""
+    lines = _block("missing" if profile.blocking else "ok", "hooks", count, absent)
+    for choice in profile.hooks:
+        how = choice.how.removeprefix("raw_")
+        for i, symbol in enumerate(choice.symbols):
+            lines.append(f"    {'' if i else choice.hook:<19} {symbol:<43} {how}")
     for check in examination.checks:
         if check.name.startswith("hook ") and check.status != "ok":
             lines += _check_lines(check.name.removeprefix("hook "), check)

@@ -23,8 +23,10 @@ __all__ = (
     "Malformed",
     "Message",
     "Tags",
+    "body_checksum",
     "checksum",
     "first_batch",
+    "may_begin",
     "metadata_size",
     "parse",
     "parse_layout",
@@ -40,8 +42,8 @@ END_OF_STREAM = _CONTINUATION + bytes(4)
 SCHEMA, DICTIONARY, RECORD_BATCH = 1, 2, 3
 
 _CRC_TAG = b"pfntrace.crc"
-#: What stands in place of the checksum while the checksum is computed.
-_CRC_BLANK = b"00000000"
+#: What stands in place of the checksums while the first one is computed.
+_CRC_BLANK = b"0000000000000000"
 _TAGS_MAX = 16
 _TAG_BYTES_MAX = 64
 
@@ -60,7 +62,7 @@ class Tags:
     #: earliest and latest `ts` in it, ns.
     ts_min: int
     ts_max: int
-    #: offset in the file from which on its checksum counts: the end of the batch before.
+    #: offset in the file from which on its checksums count: the end of the batch before.
     crc_from: int
 
     def to_metadata(self) -> dict[str, str]:
@@ -78,20 +80,22 @@ class Tags:
         """Return the tags of a message; raises Malformed if one is missing or is no number."""
         try:
             ts_min, ts_max = (int(part) for part in pairs[b"pfntrace.ts"].split())
-            return cls(
-                kind=pairs[b"pfntrace.kind"].decode("ascii"),
-                group=int(pairs[b"pfntrace.group"]),
-                ts_min=ts_min,
-                ts_max=ts_max,
-                crc_from=int(pairs[b"pfntrace.from"]),
-            )
+            kind = pairs[b"pfntrace.kind"].decode("ascii")
+            group, crc_from = int(pairs[b"pfntrace.group"]), int(pairs[b"pfntrace.from"])
         except (KeyError, ValueError) as err:
             raise Malformed("a batch without the tags of pfntrace") from err
+        if not 0 <= ts_min <= ts_max < 1 << 64:
+            raise Malformed("a batch of impossible times")
+        return cls(kind, group, ts_min, ts_max, crc_from)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Message:
-    """One message without its body. `crc_at` is where the checksum's digits lie in `metadata`."""
+    """One message without its body.
+
+    `crc` is sixteen digits, the checksums of head and body; `crc_at` is where they lie in the
+    metadata.
+    """
 
     type: int
     body_size: int
@@ -164,6 +168,11 @@ class _Tables:
         return self._data[at + 4 : end]
 
 
+def may_begin(data: bytes) -> bool:
+    """Tell whether these few bytes can be the beginning of a message."""
+    return data[:4] == _CONTINUATION[: len(data)]
+
+
 def metadata_size(prefix: bytes) -> int:
     """Return the length of the metadata that follows the prefix, 0 for the end of the stream."""
     if prefix[:4] != _CONTINUATION or len(prefix) < PREFIX_SIZE:
@@ -228,21 +237,29 @@ def parse_layout(metadata: bytes, kind: int) -> Layout:
     return Layout(rows, tables.structs(nodes, 16), tables.structs(buffers, 16), bool(compression))
 
 
-def checksum(data: bytes | memoryview, crc_at: int, start: int = 0) -> bytes:
-    """Return the checksum of a whole message as eight digits; its own digits count as zeros.
+def checksum(head: bytes | memoryview, crc_at: int, start: int = 0) -> bytes:
+    """Return the checksum of a message's prefix and metadata as eight digits.
 
-    `crc_at` is their position in `data`, `start` the checksum of what stood before the message.
+    `crc_at` is the position of the tag in `head`, which counts as zeros; `start` is the checksum
+    of what stood before the message.
     """
-    crc = zlib.crc32(data[:crc_at], start)
+    crc = zlib.crc32(head[:crc_at], start)
     crc = zlib.crc32(_CRC_BLANK, crc)
-    return b"%08x" % zlib.crc32(data[crc_at + len(_CRC_BLANK) :], crc)
+    return b"%08x" % zlib.crc32(head[crc_at + len(_CRC_BLANK) :], crc)
+
+
+def body_checksum(body: bytes | memoryview) -> bytes:
+    """Return the checksum of a message's body as eight digits."""
+    return b"%08x" % zlib.crc32(body)
 
 
 def sign(data: bytearray, start: int) -> None:
-    """Fill in the checksum of a message that was made with `Tags.to_metadata`."""
-    size = metadata_size(data[:PREFIX_SIZE])
-    crc_at = PREFIX_SIZE + parse(bytes(data[PREFIX_SIZE : PREFIX_SIZE + size])).crc_at
-    digits = checksum(memoryview(data), crc_at, start)
+    """Fill in the checksums of a message that was made with `Tags.to_metadata`."""
+    end = PREFIX_SIZE + metadata_size(data[:PREFIX_SIZE])
+    crc_at = PREFIX_SIZE + parse(bytes(data[PREFIX_SIZE:end])).crc_at
+    view = memoryview(data)
+    digits = checksum(view[:end], crc_at, start) + body_checksum(view[end:])
+    view.release()
     data[crc_at : crc_at + len(digits)] = digits
 
 

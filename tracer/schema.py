@@ -138,7 +138,7 @@ _HEADER = (
     ),
     Column(
         "op", _NAME, "", "What was done: install, change, zap; start, end; create, delete, ….",
-        _same(("SPTE", "INVALIDATE", "PIN", "SLOT", "VM"), "h.op", 0), "op",
+        _same(("SPTE", "INVALIDATE", "PIN", "SLOT", "VM", "VMA"), "h.op", 0), "op",
     ),
     Column("tid", _U32, "", "Thread that ran.", _same(RECORD_KINDS, "h.tid")),
     Column("tgid", _U32, "", "Its process.", _same(RECORD_KINDS, "h.tgid")),
@@ -167,11 +167,11 @@ _PLACE = (
         _same(("FAULT", "SPTE", "PIN", "SLOT"), "gfn") | {"RELEASE": Source("gfn", 0)},
     ),
     Column(
-        "hva", _U64, "bytes", "Host virtual address; of an INVALIDATE and a SLOT the first one.",
+        "hva", _U64, "bytes", "Host virtual address; of INVALIDATE, SLOT and VMA the first one.",
         _fault("hva", 0) | {"PIN": Source("b", 0), "SLOT": Source("b", 0)}
-        | {"INVALIDATE": Source("a")},
+        | {"INVALIDATE": Source("a"), "VMA": Source("a")},
     ),
-    Column("hva_end", _U64, "bytes", "End of the range, exclusive.", {"INVALIDATE": Source("b")}),
+    Column("hva_end", _U64, "bytes", "End of the range, exclusive.", _same(("INVALIDATE", "VMA"), "b")),
     Column(
         "pfn", _U64, "4K pages", "Host frame; of a FAULT as the fault-in function returned it, "
         "which may be one of KVM's error values (bits 52 and up set).",
@@ -184,7 +184,7 @@ _PLACE = (
     ),
     Column(
         "vm_flags", _U64, "bits", "VM_* flags of the PFNMAP mapping; null if there was none.",
-        _fault("vm_flags", 0),
+        _fault("vm_flags", 0) | {"VMA": Source("c")},
     ),
     Column(
         "slot", _I32, "", "Memslot id; null if the fault had none.",
@@ -274,6 +274,10 @@ _EVENT_ONLY = (
     Column("npages", _U64, "4K pages", "Length of the slot.", {"SLOT": Source("a")}),
     Column("slot_flags", _U64, "bits", "KVM_MEM_* flags of the slot.", {"SLOT": Source("c")}),
     Column("kvm", _U64, "bytes", "Kernel address of struct kvm.", {"VM": Source("a")}),
+    Column(
+        "rdev", _U32, "", "Device number of the mapped file: major << 20 | minor; null if none.",
+        {"VMA": Source("d", 0)},
+    ),
     Column("vm_tgid", _U32, "", "Process that owns the VM.", {"VM": Source("d", 0)}),
 )  # fmt: skip
 

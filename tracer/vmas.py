@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ("parse_smaps", "read_vmas")
+__all__ = ("device_path", "parse_smaps", "read_vmas")
 
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ \d+\s*(.*)$")
 
@@ -56,3 +56,14 @@ def read_vmas(
     if not text:
         return [], "the process was ending when its mappings were read"
     return parse_smaps(text, ranges), ""
+
+
+def device_path(rdev: int, sys: Path = Path("/sys/dev/char")) -> str:
+    """Return the path of a character device by its number (major << 20 | minor), "" if unknown."""
+    name = f"{rdev >> 20}:{rdev & 0xFFFFF}"
+    try:
+        text = (sys / name / "uevent").read_text(errors="replace")
+    except OSError:
+        return ""
+    match = re.search(r"^DEVNAME=(.*)$", text, re.M)
+    return f"/dev/{match[1]}" if match else ""

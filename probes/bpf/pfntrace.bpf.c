@@ -234,69 +234,75 @@ inline_fn u32 cause_pop(struct thread_state *st)
 /* Pages that guests map                                               */
 
 /* A leaf SPTE of this level maps pfn now: its pages are of interest until freed. */
-inline_fn void mark_mapped(u64 pfn, u32 level)
+inline_fn void mark_mapped(u64 pfn, u32 level, u32 vm)
 {
 	u32 chunk = pfn / PAGE_CHUNK;
 	struct page_chunk *c = pages.lookup(&chunk);
+	u16 mark = PAGE_MAPPED | vm << PAGE_VM_SHIFT;
+	u64 *w;
 	int i;
 
 	if (!c)
 		return;
 	if (level == 1) {
-		c->b[pfn % PAGE_CHUNK] = PAGE_MAPPED;
+		c->w[pfn % PAGE_CHUNK] = mark;
 		return;
 	}
 	/* 2M leaves fill an eighth of a chunk; of a 1G leaf only its first 2M are marked. */
-	u64 *w = (u64 *)&c->b[pfn % PAGE_CHUNK & ~511ULL];
+	w = (u64 *)&c->w[pfn % PAGE_CHUNK & ~511ULL];
 #pragma clang loop unroll(disable)
-	for (i = 0; i < 64; i++)
-		w[i] = PAGE_MAPPED * 0x0101010101010101ULL;
+	for (i = 0; i < 128; i++)
+		w[i] = mark * PAGE_LANES;
 }
 
-/* Moves one page from one state to another; 1 if it was in the first. */
-inline_fn u64 move_page(struct page_chunk *c, u32 at, u8 from, u8 to)
+/* Moves one page from one state to another; its old word if it was in the first, else 0. */
+inline_fn u32 move_page(struct page_chunk *c, u32 at, u32 from, u32 to)
 {
+	u32 word;
+
 	at &= PAGE_CHUNK - 1;
-	if (c->b[at] != from)
+	word = c->w[at];
+	if ((word & PAGE_STATE) != from)
 		return 0;
-	c->b[at] = to;
-	return 1;
+	c->w[at] = to ? (word & ~PAGE_STATE) | to : 0;
+	return word;
 }
 
 /*
- * The same for a block of 2^order pages; not zero if any of them moved.  A
- * buddy block is aligned to its size, so it lies within one chunk.  From
- * order 3 on whole words belong to the block: no other cpu writes to them, and
- * the loop has no branch that would multiply the verifier's paths.
+ * The same for a block of 2^order pages: false if none of them moved.  `vm` is
+ * that of one of the first four.  A buddy block is aligned to its size, so it
+ * lies within one chunk.  From order 2 on whole words belong to the block: no
+ * other cpu writes to them, and the loop has no branch that would multiply
+ * the verifier's paths.
  */
-inline_fn u64 move_pages(u64 pfn, u32 order, u64 from, u64 to)
+inline_fn int move_pages(u64 pfn, u32 order, u64 from, u64 to, u32 *vm)
 {
-	u32 chunk = pfn / PAGE_CHUNK, at = pfn % PAGE_CHUNK, i;
+	u32 chunk = pfn / PAGE_CHUNK, at = pfn % PAGE_CHUNK, i, word;
 	struct page_chunk *c = pages.lookup(&chunk);
 	u64 hits = 0, hit, *w;
 
 	if (!c)
 		return 0;
-	hits = move_page(c, at, from, to);
-	if (order == 0)
-		return hits;
-	hits |= move_page(c, at + 1, from, to);
-	if (order == 1)
-		return hits;
-	hits |= move_page(c, at + 2, from, to) | move_page(c, at + 3, from, to);
-	if (order == 2)
-		return hits;
+	word = move_page(c, at, from, to);
+	if (order > 0)
+		word |= move_page(c, at + 1, from, to);
+	if (order > 1) {
+		word |= move_page(c, at + 2, from, to);
+		word |= move_page(c, at + 3, from, to);
+	}
+	*vm = word >> PAGE_VM_SHIFT;
+	if (order < 3)
+		return word != 0;
 #pragma clang loop unroll(disable)
-	for (i = 0; i < 128; i++) {	/* MAX_PAGE_ORDER 10 */
-		if (i >= 1U << (order - 3))
+	for (i = 1; i < 256; i++) {	/* MAX_PAGE_ORDER 10 */
+		if (i >= 1U << (order - 2))
 			break;
-		w = (u64 *)&c->b[(at + i * 8) & (PAGE_CHUNK - 8)];
-		/* states are 1 and 2: one bit of each byte says it */
-		hit = *w & from * 0x0101010101010101ULL;
+		w = (u64 *)&c->w[(at + i * 4) & (PAGE_CHUNK - 4)];
+		hit = *w & from * PAGE_LANES;
 		hits |= hit;
 		*w = (*w & ~hit) | (to ? hit << 1 : 0);
 	}
-	return hits;
+	return word || hits;
 }
 
 /* ------------------------------------------------------------------ */
@@ -362,7 +368,7 @@ inline_fn void finish_event(void *ctx, struct pending *p)
 	if (p->flags & PENDING_PAGE)
 		read_page(e->pfn, &e->page);
 	if (p->flags & PENDING_MARK)
-		mark_mapped(e->pfn, e->level);
+		mark_mapped(e->pfn, e->level, e->h.vm);
 	emit_event(ctx, e, p->kind, p->op, p->flags & PENDING_WAKE ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 }
 
@@ -736,16 +742,32 @@ int kp_walk(struct pt_regs *ctx)
 int kr_walk(struct pt_regs *ctx)
 {
 	struct thread_state *st = open_fault();
-	u64 vma;
+	struct pending *p;
+	u64 vma, file, walk;
 
 	if (!st || !st->walk)
 		return 0;
-	if ((int)ctx->ax == 0) {
-		st->rec.walk_pfn = PEEK(u64, st->walk + O_pfnmap_pfn);
-		vma = PEEK(u64, st->walk + O_pfnmap_vma);
-		st->rec.vm_flags = PEEK(u64, vma + O_vma_flags);
-	}
+	walk = st->walk;
 	st->walk = 0;
+	if ((int)ctx->ax)
+		return 0;
+	st->rec.walk_pfn = PEEK(u64, walk + O_pfnmap_pfn);
+	vma = PEEK(u64, walk + O_pfnmap_vma);
+	st->rec.vm_flags = PEEK(u64, vma + O_vma_flags);
+	if (vma == st->last_vma)
+		return 0;
+	st->last_vma = vma;
+	p = pending_event(KIND_VMA, OP_SEEN, st->kvm);
+	if (!p)
+		return 0;
+	p->flags = PENDING_WAKE;
+	p->e.a = PEEK(u64, vma + O_vma_start);
+	p->e.b = PEEK(u64, vma + O_vma_end);
+	p->e.c = st->rec.vm_flags;
+	file = PEEK(u64, vma + O_vma_file);
+	if (file)
+		p->e.d = PEEK(u32, PEEK(u64, file + O_file_inode) + O_inode_rdev);
+	send_event(ctx);
 	return 0;
 }
 #elif HAVE_follow_pte
@@ -1092,7 +1114,8 @@ inline_fn struct thread_state *reason_enter(struct config *cfg, u64 kvm, u32 cau
 		st->kvm = kvm;
 		st->vm = vm ? vm->id : 0;
 	}
-	cause_push(st, cause);
+	/* Emptying a root is how others work: the reason that called for it stays. */
+	cause_push(st, cause == CAUSE_ROOT && st->causes ? st->causes & 15 : cause);
 	return st;
 }
 
@@ -1242,14 +1265,16 @@ inline_fn void on_page(void *ctx, u64 page, u32 order, u32 kind)
 {
 	struct config *cfg = armed_config();
 	struct event_record e = {};
-	u64 pfn;
+	u64 pfn, from;
+	u32 vm = 0;
 
 	if (!cfg || !is_page_pointer(page))
 		return;
 	pfn = page_pfn(page);
-	if (kind == KIND_PAGE_FREE ? !move_pages(pfn, order, PAGE_MAPPED, PAGE_FREED) :
-				     !move_pages(pfn, order, PAGE_FREED, 0))
+	from = kind == KIND_PAGE_FREE ? PAGE_MAPPED : PAGE_FREED;
+	if (!move_pages(pfn, order, from, kind == KIND_PAGE_FREE ? PAGE_FREED : 0, &vm))
 		return;
+	e.h.vm = vm;
 	e.h.vcpu = -1;
 	e.pfn = pfn;
 	e.d = order;

@@ -45,6 +45,7 @@ struct thread_state {
 	u64 pin_who;		/* ... and vcpu or kvm */
 	u64 dying;		/* VM whose kvm_arch_destroy_vm() runs here */
 	u64 walk;		/* struct follow_pfnmap_args while the walk runs */
+	u64 last_vma;		/* the VMA of the last walk: a VMA record was written */
 	u64 set_sptep;		/* mmu_set_spte() at work on this entry ... */
 	u64 set_old;		/* ... which held this */
 	u64 set_gfn;
@@ -71,12 +72,16 @@ struct pending {
 #define PENDING_CAUSE 8		/* e.cause: the thread's reason if none is given */
 #define PENDING_WAKE 16		/* the recorder must look at once */
 
+/* Two bytes for every page of the host: its state in bits 1:0, above it the last VM. */
 #define PAGE_CHUNK 4096
 struct page_chunk {
-	u8 b[PAGE_CHUNK];
+	u16 w[PAGE_CHUNK];
 };
 #define PAGE_MAPPED 1		/* mapped into a guest since it was last freed */
 #define PAGE_FREED 2		/* freed after that, not yet handed out again */
+#define PAGE_STATE 3
+#define PAGE_VM_SHIFT 2
+#define PAGE_LANES 0x0001000100010001ULL	/* the four pages of one word */
 
 #define RB_NO_WAKEUP 1
 #define RB_FORCE_WAKEUP 2

@@ -21,7 +21,8 @@ enum record_kind {
 	KIND_PIN = 7,		/* kvm_vcpu_map, kvm_vcpu_unmap, pfncache refresh */
 	KIND_SLOT = 8,		/* memslot created, deleted, moved, reflagged, seen */
 	KIND_VM = 9,		/* VM created, destroyed, seen */
-	KIND_MAX = 10,
+	KIND_VMA = 10,		/* a PFNMAP mapping that a fault walked through, at first sight */
+	KIND_MAX = 11,
 };
 
 /* Why an SPTE changed: the innermost reason known for the running thread. */
@@ -146,10 +147,10 @@ struct event_record {
 	struct record_header h;
 	unsigned long long gfn;
 	unsigned long long pfn;
-	unsigned long long a;	/* SPTE old; INVALIDATE hva start; SLOT npages; VM struct kvm */
-	unsigned long long b;	/* SPTE new; INVALIDATE hva end; SLOT, PIN hva */
-	unsigned long long c;	/* SPTE sptep; INVALIDATE seq; SLOT flags */
-	unsigned int d;		/* INVALIDATE in_progress; SLOT id; PIN ret; PAGE order */
+	unsigned long long a;	/* SPTE old; INVALIDATE hva start; SLOT npages; VM struct kvm; VMA hva start */
+	unsigned long long b;	/* SPTE new; INVALIDATE, VMA hva end; SLOT, PIN hva */
+	unsigned long long c;	/* SPTE sptep; INVALIDATE seq; SLOT flags; VMA vm_flags */
+	unsigned int d;		/* INVALIDATE in_progress; SLOT id; PIN ret; PAGE order; VM tgid; VMA device number */
 	unsigned char level;
 	unsigned char as_id;
 	unsigned char cause;	/* SPTE enum spte_cause; RELEASE enum release_call; INVALIDATE event */

@@ -59,7 +59,8 @@ def capture(name: str) -> KernelFacts:
 
 def write(name: str, facts: KernelFacts) -> None:
     """Write a fixture, one fact a line, so that a change reads well as a diff."""
-    facts = dataclasses.replace(facts, python=facts.python.split(" ")[0])
+    version = re.sub(r"\(\S+@\S+\)", "(builder)", facts.version)
+    facts = dataclasses.replace(facts, python=facts.python.split(" ")[0], version=version)
     data = json.loads(facts.to_json())
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
     (FACTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -69,9 +70,8 @@ def main(arguments: list[str]) -> None:
     """Capture what the command line names."""
     if arguments[:1] == ["--here"]:
         facts = observe()
-        version = re.sub(r"\(\S+@\S+\)", "(builder)", facts.version)
         release = facts.release.split("-")[0]
-        version = version.replace(facts.release, release)
+        version = facts.version.replace(facts.release, release)
         write(arguments[1], dataclasses.replace(facts, release=release, version=version))
         return
     for name in arguments or FIXTURES:

@@ -1,0 +1,107 @@
+"""Check that a batch unpacks to what its number of rows allows, before Arrow unpacks it.
+
+A compressed buffer states its unpacked size in its first eight bytes and Arrow allocates that
+much; a column shorter than its rows would be read beyond its end. Both are known from the rows
+and our columns, so both are compared, for all buffers of a batch at once. May import:
+`tracer.columns`, `tracer.messages`, `tracer.schema`, numpy, pyarrow.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tracer import messages, schema
+from tracer.columns import ROWS_MAX
+from tracer.messages import Malformed
+
+__all__ = ("NAMES_BYTES_MAX", "check_batch", "check_names")
+
+#: Names in one dictionary, which int8 numbers, and their text.
+_NAMES_MAX = 128
+NAMES_BYTES_MAX = 64 << 10
+#: Notes of one batch together; the writer makes no more than 3 MiB.
+_TEXT_MAX = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Buffers:
+    """What each buffer of a batch must hold: a row of these is one buffer, in Arrow's order."""
+
+    #: index of the column.
+    column: npt.NDArray[np.int64]
+    #: bytes needed = rows * bits / 8 rounded up, plus `extra`.
+    bits: npt.NDArray[np.int64]
+    extra: npt.NDArray[np.int64]
+    #: bytes allowed beyond these.
+    slack: npt.NDArray[np.int64]
+    #: may be absent where the column has no nulls.
+    validity: npt.NDArray[np.bool_]
+    columns: int
+    rows_max: int
+
+
+def _layout(types: Sequence[pa.DataType], rows_max: int, text_max: int) -> _Buffers:
+    buffers: list[tuple[int, int, int, int, bool]] = []
+    padding = 64  # Arrow may round a buffer up to this
+    for index, kind in enumerate(types):
+        buffers.append((index, 1, 0, padding, True))
+        if kind == pa.utf8():
+            buffers.append((index, 32, 4, padding, False))
+            buffers.append((index, 0, 0, text_max, False))
+        else:
+            width = 8 if pa.types.is_dictionary(kind) else kind.bit_width
+            buffers.append((index, width, 0, padding, False))
+    parts = [np.array(part) for part in zip(*buffers, strict=True)]
+    return _Buffers(*parts, columns=len(types), rows_max=rows_max)
+
+
+_BATCH_LAYOUT = _layout([c.type for c in schema.COLUMNS], ROWS_MAX, _TEXT_MAX)
+_NAMES_LAYOUT = _layout([pa.utf8()], _NAMES_MAX, NAMES_BYTES_MAX)
+
+
+def check_batch(whole: bytes) -> int:
+    """Check a record batch message of our columns and return its rows; raises Malformed."""
+    return _check(whole, messages.RECORD_BATCH, _BATCH_LAYOUT)
+
+
+def check_names(whole: bytes) -> int:
+    """Check a dictionary message and return its number of names; raises Malformed."""
+    return _check(whole, messages.DICTIONARY, _NAMES_LAYOUT)
+
+
+def _check(whole: bytes, kind: int, expected: _Buffers) -> int:
+    """Check that all parts lie in the body and unpack to their size; return the rows."""
+    size = messages.metadata_size(whole[: messages.PREFIX_SIZE])
+    begin = messages.PREFIX_SIZE + size
+    layout = messages.parse_layout(whole[messages.PREFIX_SIZE : begin], kind)
+    body = np.frombuffer(whole, "u1")[begin:]
+    nodes = np.frombuffer(layout.nodes, "<i8").reshape(-1, 2)
+    buffers = np.frombuffer(layout.buffers, "<i8").reshape(-1, 2)
+    rows = layout.rows
+    if len(nodes) != expected.columns or len(buffers) != len(expected.column):
+        raise Malformed("another number of columns")
+    nulls = nodes[:, 1]
+    if not 0 <= rows <= expected.rows_max or (nodes[:, 0] != rows).any():
+        raise Malformed("columns of different length")
+    if ((nulls < 0) | (nulls > rows)).any():
+        raise Malformed("more nulls than rows")
+    offset, length = buffers[:, 0], buffers[:, 1]
+    if ((length < 0) | (offset < 0) | (offset > len(body)) | (length > len(body) - offset)).any():
+        raise Malformed("a column outside of its batch")
+    if (length[layout.compressed & (length < 8)] != 0).any():
+        raise Malformed("a column too short")
+    holds = length.copy()
+    if layout.compressed:
+        # A compressed buffer begins with its unpacked size, -1 if it is stored as it is.
+        packed = np.flatnonzero(length)
+        places = offset[packed, np.newaxis] + np.arange(8)
+        stated = np.ascontiguousarray(body[places]).view("<i8")[:, 0]
+        holds[packed] = np.where(stated == -1, length[packed] - 8, stated)
+    needed = (rows * expected.bits + 7) // 8 + expected.extra
+    absent = expected.validity & (holds == 0) & (nulls[expected.column] == 0)
+    if ((holds < needed) & ~absent | (holds > needed + expected.slack)).any():
+        raise Malformed("a column whose size is not that of its rows")
+    return rows

@@ -1,0 +1,235 @@
+"""Read a trace file, whoever made it; the layout is drawn in `tracer.tracefile`.
+
+A file that was cut or damaged is read as far as it is intact, and says so: `reason` and `info`.
+May import: `probes.errors`, `tracer.messages`, `tracer.schema`, `tracer.timeorder`,
+`tracer.traceinfo`, `tracer.tracemeta`, `tracer.tracescan`, pyarrow.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from probes.errors import TraceFormatError, UsageError
+from tracer import schema
+from tracer.messages import Malformed
+from tracer.timeorder import ORDER, in_time_order, values
+from tracer.traceinfo import describe
+from tracer.tracemeta import TraceMeta
+from tracer.tracescan import Block, Scan, TraceBytes, load, read_schema, scan
+
+__all__ = ("TraceReader", "checked_kinds")
+
+
+def checked_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the kinds to read, all if None; raises UsageError for a name that is no kind."""
+    for kind in kinds or ():
+        if kind not in schema.FILE_KINDS:
+            raise UsageError(f"no records of kind {kind!a:.40}; there are {' '.join(schema.FILE_KINDS)}")
+    return schema.FILE_KINDS if kinds is None else tuple(kinds)
+
+
+def _checked_columns(columns: Sequence[str] | None) -> tuple[str, ...]:
+    names = tuple(column.name for column in schema.COLUMNS)
+    for name in columns or ():
+        if name not in names:
+            raise UsageError(f"no column {name!a:.40}; 'pfntrace columns' names them")
+    return names if columns is None else tuple(columns)
+
+
+class _Feed:
+    """What Arrow's stream reader reads from: only messages that were checked before."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._at = 0
+
+    def put(self, data: bytes) -> None:
+        self._data, self._at = self._data[self._at :] + data, 0
+
+    def read(self, count: int = -1) -> bytes:
+        end = len(self._data) if count < 0 else self._at + count
+        piece = self._data[self._at : end]
+        self._at += len(piece)
+        return piece
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class _Decoder:
+    """Turns checked messages into batches of the wanted columns."""
+
+    def __init__(self, head: bytes, columns: Sequence[str]) -> None:
+        self._feed = _Feed()
+        self._feed.put(head)
+        self._columns = list(columns)
+        fields = [i for i, column in enumerate(schema.COLUMNS) if column.name in self._columns]
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        self._arrow = pa.ipc.open_stream(pa.PythonFile(self._feed, mode="r"), options=options)
+
+    def decode(self, message: bytes, block: Block) -> pa.RecordBatch:
+        """Return a batch; raises Malformed if Arrow cannot make one of it."""
+        try:
+            self._feed.put(message)
+            batch = self._arrow.read_next_batch()
+            batch.validate(full=True)
+        except (pa.ArrowException, OSError, StopIteration) as err:
+            raise Malformed("Arrow cannot read it") from err
+        if "ts" in self._columns:
+            ts = values(batch, "ts")
+            if ts.min() != block.ts_min or ts.max() != block.ts_max:
+                raise Malformed("other times than its head says")
+        return batch.select(self._columns)
+
+
+class TraceReader:
+    """One trace file, opened for reading; every iteration starts at its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file; raises TraceFormatError if it is no trace of a version we know."""
+        self._file = TraceBytes(path)
+        try:
+            self._schema_message, arrow = read_schema(self._file)
+            try:
+                self.meta = TraceMeta.from_metadata(arrow.metadata)
+            except TraceFormatError as err:
+                raise TraceFormatError(f"{path}: {err}") from err
+            if not arrow.equals(schema.arrow_schema()):
+                raise TraceFormatError(f"{path}: its columns are not those of a trace; record again")
+        except TraceFormatError:
+            self._file.close()
+            raise
+        self._scanned: Scan | None = None
+        self._problem = ""
+        self._damaged: Block | None = None
+
+    def __enter__(self) -> "TraceReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; further calls do nothing."""
+        self._file.close()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
+    @property
+    def reason(self) -> str:
+        """Why the records are not all there, as far as is known by now; "" if nothing is wrong.
+
+        Damage within a batch shows only when the batch is read, so ask after reading.
+        """
+        return self._problem or self._scan.problem
+
+    def batches(
+        self, kinds: Sequence[str] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the batches as they lie in the file: one kind each, sorted by (ts, cpu, seq).
+
+        `columns` limits what is unpacked, which saves most of the time. Where the file is damaged
+        the iteration ends; `reason` says so. Raises UsageError for names that do not exist.
+        """
+        read = self._loader(_checked_columns(columns))
+        for block in self._blocks(kinds):
+            batch = read(block)
+            if batch is None:
+                return
+            yield batch
+
+    def records(
+        self, kinds: Sequence[str] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield all records of some kinds in order of (ts, cpu, seq), in batches of any length.
+
+        Batches overlap in time, so those of the same moment are held together: one or two per
+        kind, at most about a million rows. Where the file is damaged the iteration ends with
+        what came before in time; `reason` says so.
+        """
+        wanted = _checked_columns(columns)
+        read = self._loader(tuple(dict.fromkeys((*wanted, *ORDER))))
+        try:
+            for batch in in_time_order(self._blocks(kinds), read):
+                yield batch.select(wanted)
+        except OverflowError as err:
+            raise TraceFormatError(f"{self.path}: {err}; no recorder of pfntrace wrote this") from err
+
+    def info(self, verify: bool = False) -> dict[str, Any]:
+        """Return what the file holds, as plain JSON; see `tracer.traceinfo.describe`.
+
+        Only the heads of batches are read. `verify` reads and checks everything else too.
+        """
+        blocks = self._blocks(None)
+        if verify:
+            for block in blocks:
+                if self._load(block) is None:
+                    break
+        if self._damaged is not None:
+            blocks = [block for block in blocks if block.offset < self._damaged.offset]
+        return describe(self.meta, blocks, self.reason, self._file.size, self._rows)
+
+    @property
+    def _scan(self) -> Scan:
+        if self._scanned is None:
+            self._scanned = scan(self._file, self._schema_message)
+        return self._scanned
+
+    def _blocks(self, kinds: Sequence[str] | None) -> list[Block]:
+        wanted = checked_kinds(kinds)
+        return [block for block in self._scan.blocks if block.kind in wanted]
+
+    def _load(self, block: Block) -> bytes | None:
+        """Return a checked batch message, None if it is damaged."""
+        try:
+            return load(self._file, block)
+        except Malformed as err:
+            self._damage(block, err)
+            return None
+
+    def _damage(self, block: Block, why: Exception) -> None:
+        if self._damaged is None or block.offset < self._damaged.offset:
+            self._damaged = block
+            self._problem = f"damaged at byte {block.offset}: {why}"
+
+    def _loader(self, columns: Sequence[str]) -> Callable[[Block], pa.RecordBatch | None]:
+        """Return what reads one block as a batch, or None if it is damaged."""
+        decoder = _Decoder(self._scan.head, columns)
+
+        def read(block: Block) -> pa.RecordBatch | None:
+            message = self._load(block)
+            if message is None:
+                return None
+            try:
+                return decoder.decode(message, block)
+            except Malformed as err:
+                self._damage(block, err)
+                return None
+
+        return read
+
+    def _rows(self, blocks: Sequence[Block], columns: Sequence[str]) -> list[dict[str, Any]]:
+        read = self._loader(columns)
+        rows: list[dict[str, Any]] = []
+        for block in blocks:
+            batch = read(block)
+            if batch is None:
+                break
+            rows += batch.to_pylist()
+        return rows
