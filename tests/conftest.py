@@ -35,9 +35,9 @@ def _objection(reason: str, keywords: Any) -> str:
 def _refuse_skip(report: Any, keywords: Any) -> None:
     if not report.skipped or hasattr(report, "wasxfail"):
         return
-    # A skip's longrepr is (path, line, "Skipped: reason").
+    # A skip's longrepr is (path, line, "Skipped: reason"), or "Skipped" alone.
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    objection = _objection(text.removeprefix("Skipped:"), keywords)
+    objection = _objection(text.removeprefix("Skipped").removeprefix(":"), keywords)
     if objection:
         report.outcome = "failed"
         report.longrepr = f"{report.nodeid}: {objection}"

@@ -77,7 +77,9 @@ def _plan(kind: str) -> _Plan:
         if source.null_field:
             null_at = fields.setdefault((source.null_field, np.dtype("<u4")), len(fields))
         null = source.null
-        steps.append(_Step(index, column.type, how, gather, null, null_at if null is not None else -1))
+        steps.append(
+            _Step(index, column.type, how, gather, null, null_at if null is not None else -1)
+        )
     paths = tuple((tuple(field.split(".")), dtype) for field, dtype in fields)
     return _Plan(paths, tuple(steps))
 
@@ -101,6 +103,21 @@ def _validity(null: npt.NDArray[np.bool_]) -> tuple[pa.Buffer | None, int]:
     return pa.py_buffer(np.packbits(~null, bitorder="little")), count
 
 
+def _plain_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Make a column of integers or text without nulls.
+
+    pa.array() would do, but it imports pandas to ask whether it was given one: three seconds in
+    the lab, of a recorder that needs none of it.
+    """
+    if kind != pa.utf8():
+        data = np.array(values, kind.to_pandas_dtype())
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(data)])
+    texts = [str(v).encode() for v in values]
+    ends = np.cumsum([0, *map(len, texts)], dtype="i4")
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+    return pa.Array.from_buffers(kind, len(texts), buffers)
+
+
 class ColumnMaker:
     """Makes the batches of one file: its names of results are those of one kernel."""
 
@@ -108,7 +125,9 @@ class ColumnMaker:
         self.schema = schema.arrow_schema()
         names = {**schema.NAMES, "result": schema.result_names(results)}
         # One Arrow array per column, so that each column has its own dictionary id in the file.
-        self._names = [pa.array(names[c.names]) if c.names else None for c in schema.COLUMNS]
+        self._names: list[Any] = [
+            _plain_array(names[c.names], pa.utf8()) if c.names else None for c in schema.COLUMNS
+        ]
         zeros = pa.py_buffer(np.zeros(ROWS_MAX * 8 + 8, "u1"))
         self._nulls = [self._null_column(i, zeros) for i in range(len(schema.COLUMNS))]
 
@@ -120,7 +139,7 @@ class ColumnMaker:
 
     @staticmethod
     def _array(
-        kind: pa.DataType, rows: int, buffers: list[pa.Buffer | None], nulls: int, names: pa.Array
+        kind: pa.DataType, rows: int, buffers: list[pa.Buffer | None], nulls: int, names: Any
     ) -> pa.Array:
         if names is None:
             return pa.Array.from_buffers(kind, rows, buffers, nulls)
@@ -193,7 +212,7 @@ class ColumnMaker:
             else:
                 continue
             if names is None:
-                arrays[index] = pa.array(values, column.type)
+                arrays[index] = _plain_array(values, column.type)
             else:
                 text = names.to_pylist()
                 at = np.array([text.index(v) for v in values], "i1")

@@ -171,7 +171,10 @@ _PLACE = (
         _fault("hva", 0) | {"PIN": Source("b", 0), "SLOT": Source("b", 0)}
         | {"INVALIDATE": Source("a"), "VMA": Source("a")},
     ),
-    Column("hva_end", _U64, "bytes", "End of the range, exclusive.", _same(("INVALIDATE", "VMA"), "b")),
+    Column(
+        "hva_end", _U64, "bytes", "End of the range, exclusive.",
+        _same(("INVALIDATE", "VMA"), "b"),
+    ),
     Column(
         "pfn", _U64, "4K pages", "Host frame; of a FAULT as the fault-in function returned it, "
         "which may be one of KVM's error values (bits 52 and up set).",
@@ -231,7 +234,7 @@ _FAULT_ONLY = (
         "result", _NAME, "", "Name of ret as this kernel numbers RET_PF_*; error if negative.",
         _fault("ret"), "result",
     ),
-    Column("faultin_ret", _I32, "", "Return value of the fault-in function.", _fault("faultin_ret")),
+    Column("faultin_ret", _I32, "", "What the fault-in function returned.", _fault("faultin_ret")),
     Column(
         "refcounted", _BOOL, "", "Did the kernel treat the page as reference-counted? Null if this "
         "kernel does not say.", _fault("refcounted", 2),
@@ -246,7 +249,7 @@ _PAGE = (
         "refcount", _I32, "", "_refcount of the (head) page; of a FAULT at fault-in return.",
         _page("refcount"),
     ),
-    Column("mapcount", _I32, "", "Own raw _mapcount; -1 is not mapped by users.", _page("mapcount")),
+    Column("mapcount", _I32, "", "Own raw _mapcount; -1: not mapped by users.", _page("mapcount")),
     Column("page_flags", _U64, "bits", "PG_* flags of the (head) page.", _page("flags")),
     Column(
         "page_bits", _U32, "bits", "What the page is: "
@@ -263,10 +266,10 @@ _PAGE = (
 _EVENT_ONLY = (
     Column("old", _U64, "bits", "The SPTE before.", {"SPTE": Source("a")}),
     Column("new", _U64, "bits", "The SPTE after.", {"SPTE": Source("b")}),
-    Column("sptep", _U64, "bytes", "Kernel address of the SPTE, if known.", {"SPTE": Source("c", 0)}),
+    Column("sptep", _U64, "bytes", "Address of the SPTE, if known.", {"SPTE": Source("c", 0)}),
     Column("cause", _NAME, "", "Why the SPTE changed.", {"SPTE": Source("cause")}, "cause"),
-    Column("call", _NAME, "", "How the page was given back.", {"RELEASE": Source("cause", 0)}, "call"),
-    Column("event", _NAME, "", "enum mmu_notifier_event.", {"INVALIDATE": Source("cause")}, "event"),
+    Column("call", _NAME, "", "How KVM gave it back.", {"RELEASE": Source("cause", 0)}, "call"),
+    Column("event", _NAME, "", "mmu_notifier_event.", {"INVALIDATE": Source("cause")}, "event"),
     Column(
         "order", _U8, "", "Order of the block that was freed or handed out.",
         _same(("PAGE_FREE", "PAGE_ALLOC"), "d"),
@@ -291,9 +294,7 @@ _WRITTEN = (
 )
 
 #: All columns in file order.
-COLUMNS: tuple[Column, ...] = (
-    _HEADER + _PLACE + _FAULT_ONLY + _PAGE + _EVENT_ONLY + _WRITTEN  # noqa: RUF005
-)
+COLUMNS: tuple[Column, ...] = _HEADER + _PLACE + _FAULT_ONLY + _PAGE + _EVENT_ONLY + _WRITTEN
 
 
 def result_names(results: Mapping[int, str]) -> tuple[str, ...]:

@@ -77,7 +77,12 @@ def _merge(pending: list[_Pending], before: int | None) -> Iterator[pa.RecordBat
     """Yield the pending rows before a time as one batch, none if there are none."""
     parts = [part for part in (p.take(before) for p in pending) if len(part)]
     if parts:
-        yield parts[0] if len(parts) == 1 else _sorted(pa.concat_batches(parts))
+        yield parts[0] if len(parts) == 1 else _sorted(_joined(parts))
+
+
+# pa.concat_batches() is younger than the oldest pyarrow that we support.
+def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
 
 
 def values(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:

@@ -54,8 +54,8 @@ def _layout(types: Sequence[pa.DataType], rows_max: int, text_max: int) -> _Buff
         else:
             width = 8 if pa.types.is_dictionary(kind) else kind.bit_width
             buffers.append((index, width, 0, padding, False))
-    parts = [np.array(part) for part in zip(*buffers, strict=True)]
-    return _Buffers(*parts, columns=len(types), rows_max=rows_max)
+    column, bits, extra, slack, validity = (np.array(part) for part in zip(*buffers, strict=True))
+    return _Buffers(column, bits, extra, slack, validity, len(types), rows_max)
 
 
 _BATCH_LAYOUT = _layout([c.type for c in schema.COLUMNS], ROWS_MAX, _TEXT_MAX)

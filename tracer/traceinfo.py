@@ -4,17 +4,20 @@ May import: `tracer.schema`, `tracer.tracemeta`, `tracer.tracescan`, standard li
 """
 
 import datetime
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tracer import schema
-from tracer.tracemeta import TraceMeta
+from tracer.tracemeta import TraceMeta, parse_json
 from tracer.tracescan import Block
 
 __all__ = ("describe",)
 
 _COUNTS = ("produced", "lost", "filtered", "torn")
+
+#: Keys of one hook, of one missing hook, and what stands where a file does not say.
+_HOOK = {"hook": "", "symbols": [], "how": "", "note": ""}
+_MISSING = {"hook": "", "tried": [], "why": "", "without": "", "required": False}
 
 #: Reads some columns of some blocks.
 Rows = Callable[[Sequence[Block], Sequence[str]], list[dict[str, Any]]]
@@ -56,8 +59,8 @@ def describe(
         "kinds": kinds,
         "kernel": _release(meta),
         "generation": str(meta.profile.get("generation", "")),
-        "hooks": _list(meta.profile, "hooks"),
-        "missing": _list(meta.profile, "missing"),
+        "hooks": _shaped(meta.profile, "hooks", _HOOK),
+        "missing": _shaped(meta.profile, "missing", _MISSING),
         "schema_version": meta.schema_version,
         "pfntrace_version": meta.pfntrace_version,
         "command": list(meta.command),
@@ -77,8 +80,8 @@ def _end_mark(blocks: Sequence[Block], rows: Rows) -> dict[str, Any] | None:
         return None
     notes = rows(blocks[-1:], ["note"])
     try:
-        note = json.loads(notes[-1]["note"]) if notes else None
-    except (TypeError, ValueError, RecursionError):
+        note = parse_json(notes[-1]["note"]) if notes else None
+    except (TypeError, ValueError):
         return None
     return note if isinstance(note, dict) and isinstance(note.get("end"), dict) else None
 
@@ -100,9 +103,8 @@ def _vms(blocks: Sequence[Block], rows: Rows) -> list[dict[str, Any]]:
 
 def _release(meta: TraceMeta) -> str:
     try:
-        facts = json.loads(meta.facts)
-        return str(facts["release"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        return str(parse_json(meta.facts)["release"])
+    except (KeyError, TypeError, ValueError):
         return ""
 
 
@@ -120,11 +122,23 @@ def _dict(data: Any, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _list(data: Any, key: str) -> list[dict[str, Any]]:
+def _shaped(data: Any, key: str, shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a list of objects with exactly the keys and the types of `shape`."""
     value = data.get(key)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    items = value if isinstance(value, list) else []
+    return [
+        {name: _like(item.get(name), default) for name, default in shape.items()}
+        for item in items
+        if isinstance(item, dict)
+    ]
+
+
+def _like(value: Any, default: Any) -> Any:
+    if isinstance(default, list):
+        return [str(part) for part in value] if isinstance(value, list) else []
+    return value if type(value) is type(default) else default
 
 
 def _count(data: dict[str, Any], key: str, default: int) -> int:
     value = data.get(key)
-    return value if isinstance(value, int) and value >= 0 else default
+    return value if type(value) is int and 0 <= value < 1 << 64 else default

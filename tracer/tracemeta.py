@@ -12,11 +12,36 @@ from typing import Any
 from probes.errors import TraceFormatError
 from tracer.schema import SCHEMA_VERSION
 
-__all__ = ("CRC_KEY", "META_KEY", "TraceMeta")
+__all__ = ("CRC_KEY", "META_KEY", "TraceMeta", "parse_json")
 
 #: Keys of the Arrow schema's metadata.
 META_KEY = "pfntrace"
 CRC_KEY = "pfntrace.crc"
+
+#: Deepest nesting of JSON in a trace; what is within it can be written out again.
+_DEPTH_MAX = 64
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text from a trace; raises ValueError if it is none, or too deep.
+
+    NaN and infinities, which are no JSON, come back as text.
+    """
+    try:
+        value = json.loads(text, parse_constant=str)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    level: list[Any] = [value]
+    for _ in range(_DEPTH_MAX):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return value
+    raise ValueError("JSON nested too deeply")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,9 +85,9 @@ class TraceMeta:
         if (metadata or {}).get(CRC_KEY.encode()) != f"{zlib.crc32(text):08x}".encode():
             raise TraceFormatError("its head is damaged; nothing of it can be trusted")
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             version = data["schema_version"]
-        except (KeyError, TypeError, ValueError, RecursionError) as err:
+        except (KeyError, TypeError, ValueError) as err:
             raise TraceFormatError("its head is not a pfntrace description") from err
         if version != SCHEMA_VERSION:
             raise TraceFormatError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from probes.errors import TraceFormatError, UsageError
@@ -22,12 +23,16 @@ from tracer.tracescan import Block, Scan, TraceBytes, load, read_schema, scan
 
 __all__ = ("TraceReader", "checked_kinds")
 
+_SCHEMA = schema.arrow_schema()
+
 
 def checked_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
     """Return the kinds to read, all if None; raises UsageError for a name that is no kind."""
     for kind in kinds or ():
         if kind not in schema.FILE_KINDS:
-            raise UsageError(f"no records of kind {kind!a:.40}; there are {' '.join(schema.FILE_KINDS)}")
+            raise UsageError(
+                f"no records of kind {kind!a:.40}; there are {' '.join(schema.FILE_KINDS)}"
+            )
     return schema.FILE_KINDS if kinds is None else tuple(kinds)
 
 
@@ -83,11 +88,18 @@ class _Decoder:
             batch.validate(full=True)
         except (pa.ArrowException, OSError, StopIteration) as err:
             raise Malformed("Arrow cannot read it") from err
+        if "kind" in self._columns and not _is_all(batch.column("kind"), block.kind):
+            raise Malformed("other kinds than its head says")
         if "ts" in self._columns:
             ts = values(batch, "ts")
             if ts.min() != block.ts_min or ts.max() != block.ts_max:
                 raise Malformed("other times than its head says")
         return batch.select(self._columns)
+
+
+def _is_all(column: pa.DictionaryArray, name: str) -> bool:
+    at = np.frombuffer(column.indices.buffers()[1], "i1", len(column))
+    return bool((at == at[0]).all()) and not column.null_count and column[0].as_py() == name
 
 
 class TraceReader:
@@ -102,8 +114,10 @@ class TraceReader:
                 self.meta = TraceMeta.from_metadata(arrow.metadata)
             except TraceFormatError as err:
                 raise TraceFormatError(f"{path}: {err}") from err
-            if not arrow.equals(schema.arrow_schema()):
-                raise TraceFormatError(f"{path}: its columns are not those of a trace; record again")
+            if not arrow.equals(_SCHEMA):
+                raise TraceFormatError(
+                    f"{path}: its columns are not those of a trace; record again"
+                )
         except TraceFormatError:
             self._file.close()
             raise
@@ -169,7 +183,9 @@ class TraceReader:
             for batch in in_time_order(self._blocks(kinds), read):
                 yield batch.select(wanted)
         except OverflowError as err:
-            raise TraceFormatError(f"{self.path}: {err}; no recorder of pfntrace wrote this") from err
+            raise TraceFormatError(
+                f"{self.path}: {err}; no recorder of pfntrace wrote this"
+            ) from err
 
     def info(self, verify: bool = False) -> dict[str, Any]:
         """Return what the file holds, as plain JSON; see `tracer.traceinfo.describe`.

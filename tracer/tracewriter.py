@@ -197,8 +197,8 @@ class TraceWriter:
         self._notes.append((time.monotonic_ns() if ts is None else ts, text))
 
     def _note_rows(self) -> pa.RecordBatch:
-        columns = {"ts": [ts for ts, _ in self._notes], "note": [text for _, text in self._notes]}
-        return self._maker.rows("NOTE", columns)
+        ts, notes = zip(*self._notes, strict=True)
+        return self._maker.rows("NOTE", {"ts": ts, "note": notes})
 
     # Schema and dictionaries, with which every Arrow reader can begin. Arrow writes the
     # dictionaries with the first batch only, so an empty one is made and cut off.

@@ -86,8 +86,8 @@ def test_kvm_that_is_built_in_has_its_types_in_vmlinux():
 def test_every_hook_has_a_check_with_its_symbol_or_the_reason(name):
     examination = examine(facts_of(name))
     checks = {c.name.removeprefix("hook "): c for c in examination.checks if " " in c.name}
-    for hook in (*HOOKS, *TRACEPOINTS):
-        assert checks[hook.name].found
+    for each in [hook.name for hook in HOOKS] + [point.name for point in TRACEPOINTS]:
+        assert checks[each].found
     assert "kvm_tdp_page_fault (fentry" in checks["fault"].found
     assert checks["fault"].required and not checks["gup"].required
 
@@ -304,8 +304,8 @@ def test_any_structure_member_enumeration_or_value_may_be_missing(name):
     for key in ("enums", "values", "config", "params", "functions"):
         whole = getattr(facts, key)
         for gone in whole:
-            left = {k: v for k, v in whole.items() if k != gone}
-            assert_sound(dataclasses.replace(facts, **{key: left}))
+            changes: dict[str, Any] = {key: {k: v for k, v in whole.items() if k != gone}}
+            assert_sound(dataclasses.replace(facts, **changes))
 
 
 def test_json_has_the_names_that_scripts_rely_on():

@@ -318,7 +318,7 @@ def test_without_a_structure_member_the_error_names_it():
     slot: dict[str, Any] = dict(facts.structs["kvm_memory_slot"])
     del slot["userspace_addr"]
     structs = {**facts.structs, "kvm_memory_slot": slot}
-    with pytest.raises(PfntraceError, match="kvm_memory_slot.userspace_addr"):
+    with pytest.raises(PfntraceError, match=r"kvm_memory_slot\.userspace_addr"):
         choose_profile(dataclasses.replace(facts, structs=structs))
 
 
