@@ -44,9 +44,10 @@ install: .venv/.installed ## make .venv with everything that Python needs (.venv
 	@touch $@
 
 check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab (1 minute)
+	@mkdir -p build
 	@$(call say,format: ruff)
-	@$(BIN)/ruff format --check --quiet . || \
-		{ $(BIN)/ruff format --check . || true; echo "run: make format" >&2; exit 1; }
+	@$(BIN)/ruff format --check . >build/format.log || \
+		{ cat build/format.log; echo "run: make format" >&2; exit 1; }
 	@$(call say,format: clang-format)
 	@$(BIN)/clang-format --dry-run --Werror $(C_FILES) || { echo "run: make format" >&2; exit 1; }
 	@$(call say,lint: ruff)
@@ -54,10 +55,9 @@ check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab
 	@$(call say,types: mypy)
 	@$(BIN)/mypy --no-error-summary
 	@$(call say,layers: import-linter)
-	@mkdir -p build
 	@$(BIN)/lint-imports --no-cache >build/layers.log || { cat build/layers.log; exit 1; }
 	@$(call say,unit tests: pytest)
-	@$(BIN)/python -m pytest -q tests/unit
+	@$(BIN)/python -m pytest -q -m 'not lab' tests
 
 test: .venv/.installed ## check, then every lab test on all three kernels (builds the lab)
 	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
@@ -75,7 +75,8 @@ demo: .venv/.installed ## record a KVM guest on Linux 6.12 in the lab and report
 	@mkdir -p $(DEMO)
 	@rm -f $(DEMO)/demo.pfnt
 ifeq ($(HOST),1)
-	@test -e /usr/lib/python3/dist-packages/bcc/libbcc.py || $(call apt_install,python3-bpfcc)
+	@$(BIN)/python -c 'import sys; from tracer.observe import bcc_spec; sys.exit(not bcc_spec())' || \
+		$(call apt_install,python3-bpfcc)
 	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
 	@$(call say,demo: can this host record?)
 	@$(SUDO) $(BIN)/pfntrace doctor >$(DEMO)/doctor.txt || { cat $(DEMO)/doctor.txt; exit 1; }

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ("app", "main")
 
 VERSION = "0.1.0"
-#: When this process began to run Python, for "armed after".
-_STARTED = time.monotonic()
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -144,7 +141,6 @@ def record(
             output=output,
             attach=attach,
             overwrite=force,
-            started=_STARTED,
             version=VERSION,
             argv=sys.argv[1:],
             say=_say,
@@ -192,7 +188,7 @@ def _summary(
         share = 100 * outcome.lost / max(1, outcome.produced)
         yield (
             f"LOST {outcome.lost:,} of {outcome.produced:,} records ({share:.1f} %): "
-            f"raise --buffer-size (now {options.buffer_bytes / (1 << 20):g})"
+            f"raise --buffer-size (now {options.buffer_bytes / (1 << 20):.3g})"
         )
     torn = sum(c.torn for c in outcome.counts.values())
     if torn:

@@ -3,6 +3,8 @@
 Pure functions over columns of one table. May import: numpy, pandas, `probes.wire`.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -11,6 +13,7 @@ from probes.wire import PAGE_BITS
 __all__ = (
     "PAGE_CLASSES",
     "VM_FLAGS",
+    "frame_of",
     "not_counted",
     "page_class",
     "pfn_error",
@@ -19,6 +22,7 @@ __all__ = (
 
 #: Classes, most particular first.
 PAGE_CLASSES = (
+    "no page",
     "no struct page",
     "zero page",
     "zone device",
@@ -26,15 +30,20 @@ PAGE_CLASSES = (
     "counted, compound",
     "counted",
     "free",
+    "count 0, compound or typed",
     "uncounted",
-    "unknown",
 )
+#: Classes to which KVM cannot hold a reference: kvm_pfn_to_refcounted_page() up to Linux 6.12.
+_NEVER_COUNTED = ("no struct page", "reserved", "uncounted")
 
 #: vm_area_struct.vm_flags that matter here, include/linux/mm.h.
 VM_FLAGS = {"VM_PFNMAP": 0x400, "VM_IO": 0x4000, "VM_MIXEDMAP": 0x10000000, "VM_HUGETLB": 0x400000}
 #: The same as two letters of /proc/PID/smaps.
 _SMAPS_FLAGS = {"pf": "VM_PFNMAP", "io": "VM_IO", "mm": "VM_MIXEDMAP", "ht": "VM_HUGETLB"}
 
+#: Frame numbers are below this (52 bits of physical address); KVM's error values are above.
+_FRAMES = 1 << 40
+_NOSLOT = 1 << 63
 _ERROR_MASK = 0x7FF << 52
 #: KVM_PFN_ERR_*, include/linux/kvm_host.h.
 _PFN_ERRORS = (
@@ -46,45 +55,69 @@ _PFN_ERRORS = (
 )
 
 
-def page_class(table: pd.DataFrame) -> pd.Series:
-    """Return the class of each row's page, from page_bits, refcount and mapcount.
+def frame_of(table: pd.DataFrame) -> pd.Series:
+    """Return the frame number that the page state of each row is of, null if there is none.
 
-    A typed page (negative mapcount below -1) without a count is free: PageBuddy,
-    include/linux/page-flags.h. A page with count 0 that is neither typed nor part of a compound
-    page is uncounted: the tail of a non-compound block.
+    Of a FAULT that is `pfn`, or what the PFNMAP walk found if KVM turned that into an error.
     """
-    bits = table["page_bits"].fillna(0).to_numpy(dtype=np.int64)
+    frame = table["pfn"].astype("UInt64")
+    frame = frame.where(frame < _FRAMES)
+    if "walk_pfn" in table:
+        walked = table["walk_pfn"].astype("UInt64")
+        frame = frame.fillna(walked.where(walked < _FRAMES))
+    return frame
+
+
+def page_class(table: pd.DataFrame) -> pd.Series:
+    """Return the class of each row's page, from pfn, walk_pfn, page_bits, refcount and mapcount.
+
+    A page with count 0 is `free` if the buddy allocator has it, `uncounted` if it has no type and
+    is not part of a compound page: the tail of a non-compound block.
+    """
     known = table["page_bits"].notna().to_numpy()
-    refcount = table["refcount"].fillna(0).to_numpy(dtype=np.int64)
-    mapcount = table["mapcount"].fillna(-1).to_numpy(dtype=np.int64)
+    bits = table["page_bits"].to_numpy(dtype=np.int64, na_value=0)
+    counted = table["refcount"].to_numpy(dtype=np.int64, na_value=0) > 0
+    kind = table["mapcount"].to_numpy(dtype=np.int64, na_value=-1)
     compound = (bits & (PAGE_BITS["tail"] | PAGE_BITS["head"])) != 0
-    conditions = [
-        known & ((bits & PAGE_BITS["has_struct"]) == 0),
-        (bits & PAGE_BITS["zero"]) != 0,
-        (bits & PAGE_BITS["zone_device"]) != 0,
-        (bits & PAGE_BITS["reserved"]) != 0,
-        compound & (refcount > 0),
-        known & (refcount > 0),
-        known & (refcount == 0) & (mapcount < -1),
-        known & (refcount == 0),
-    ]
-    names = np.select(conditions, PAGE_CLASSES[:-1], default="unknown")
-    return pd.Series(pd.Categorical(names, categories=PAGE_CLASSES), index=table.index)
+    conditions = {
+        "zero page": known & ((bits & PAGE_BITS["zero"]) != 0),
+        "zone device": known & ((bits & PAGE_BITS["zone_device"]) != 0),
+        "reserved": known & ((bits & PAGE_BITS["reserved"]) != 0),
+        "counted, compound": known & counted & compound,
+        "counted": known & counted,
+        "free": known & _is_buddy(kind),
+        "count 0, compound or typed": known & (compound | (kind < -128)),
+        "uncounted": known,
+        "no struct page": frame_of(table).notna().to_numpy(),
+    }
+    codes = [PAGE_CLASSES.index(name) for name in conditions]
+    chosen = np.select(list(conditions.values()), codes, PAGE_CLASSES.index("no page"))
+    return pd.Series(pd.Categorical.from_codes(chosen, PAGE_CLASSES), index=table.index)
+
+
+def _is_buddy(mapcount: np.ndarray) -> np.ndarray:
+    # page_type shares the word with _mapcount (include/linux/page-flags.h). Up to 6.10 a type is a
+    # cleared bit, PG_buddy 0x80; since Linux 4ffca5a96678 ("mm: support only one page_type per
+    # page") (v6.12) it is the top byte, PGTY_buddy 0xf0, and 0xff says that there is none.
+    word = mapcount & 0xFFFFFFFF
+    cleared_bit = ((word >> 24) == 0xFF) & (mapcount < -128) & ((word & 0x80) == 0)
+    return np.asarray(cleared_bit | ((word >> 24) == 0xF0))
 
 
 def not_counted(table: pd.DataFrame) -> pd.Series:
-    """Tell for each row whether KVM holds no reference to the page even during the fault.
+    """Tell for each row of a FAULT table whether KVM has no reference to the page it found.
 
     Where the kernel says it (`refcounted`) that is the answer; else pages that nobody can count.
     """
-    classes = page_class(table).isin(["no struct page", "uncounted"])
+    classes = page_class(table)
     said = table["refcounted"]
-    return classes.where(said.isna(), ~said.fillna(True).astype(bool))
+    answer = classes.isin(_NEVER_COUNTED).where(said.isna(), ~said.fillna(True).astype(bool))
+    return answer & (classes != "no page")
 
 
 def pfn_error(pfn: int) -> str:
     """Return the name of an error pfn, "" for a frame number."""
-    if pfn & (1 << 63):
+    if pfn & _NOSLOT:
         return "KVM_PFN_NOSLOT"
     if not pfn & _ERROR_MASK:
         return ""
@@ -92,8 +125,8 @@ def pfn_error(pfn: int) -> str:
     return _PFN_ERRORS[low] if low < len(_PFN_ERRORS) else f"KVM_PFN_ERR_{low}"
 
 
-def vm_flag_names(vm_flags: int, smaps: list[str] | None = None) -> list[str]:
+def vm_flag_names(vm_flags: int = 0, smaps: Iterable[str] = ()) -> tuple[str, ...]:
     """Return the names of the VMA flags that matter, from vm_flags or from smaps' letters."""
     names = {name for name, bit in VM_FLAGS.items() if vm_flags & bit}
-    names |= {_SMAPS_FLAGS[f] for f in smaps or () if f in _SMAPS_FLAGS}
-    return [name for name in VM_FLAGS if name in names]
+    names |= {_SMAPS_FLAGS[f] for f in smaps if f in _SMAPS_FLAGS}
+    return tuple(name for name in VM_FLAGS if name in names)

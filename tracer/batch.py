@@ -15,12 +15,12 @@ import numpy as np
 from probes.wire import KINDS
 from tracer.ring import Records, Ring, take_until
 
-__all__ = ("Group", "Taken", "order", "split_kinds", "take")
+__all__ = ("TAKE_MAX", "Group", "Taken", "order", "split_kinds", "take")
 
 #: (kind, records of that kind in order)
 Group = list[tuple[str, Records]]
 #: Records taken from one ring at once: bounds the memory of a group.
-_TAKE_MAX = 65536
+TAKE_MAX = 65536
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,15 +57,18 @@ def split_kinds(records: Records) -> Group:
     return [(KINDS[k], records[kinds == k]) for k in np.flatnonzero(counts)]
 
 
-def take(rings: Sequence[Ring], watermark: int) -> Taken:
-    """Take from all rings what is older than the watermark (ns, CLOCK_MONOTONIC)."""
+def take(rings: Sequence[Ring], watermark: int, most: int = TAKE_MAX) -> Taken:
+    """Take from all rings what is older than the watermark (ns, CLOCK_MONOTONIC).
+
+    At most `most` records a ring.
+    """
     parts: dict[str, list[Records]] = {}
     taken: list[tuple[Ring, int]] = []
     more = False
     for ring in rings:
         slots = ring.peek()
-        if len(slots) > _TAKE_MAX:
-            slots, more = slots[:_TAKE_MAX], True
+        if len(slots) > most:
+            slots, more = slots[:most], True
         count = take_until(slots, watermark)
         if count:
             parts.setdefault(ring.kind, []).append(ring.records(slots[:count]))

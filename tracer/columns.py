@@ -110,7 +110,7 @@ def _plain_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     the lab, of a recorder that needs none of it.
     """
     if kind != pa.utf8():
-        data = np.array(values, kind.to_pandas_dtype())
+        data = np.array(values, np.dtype(str(kind)))
         return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(data)])
     texts = [str(v).encode() for v in values]
     ends = np.cumsum([0, *map(len, texts)], dtype="i4")

@@ -1,8 +1,8 @@
 """`pfntrace dump`: records in the order of time, one a line, for people or as JSON.
 
 A line has at most 120 columns and nothing in it but printable characters, whatever the file holds.
-May import: `tracer.describe`, `tracer.schema`, `tracer.tracefile`, `tracer.tracemeta`,
-numpy, pyarrow.
+May import: `tracer.describe`, `tracer.schema`, `tracer.timeorder`, `tracer.tracefile`,
+`tracer.tracemeta`, numpy, pyarrow.
 """
 
 import errno
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from tracer import schema
 from tracer.describe import printable
+from tracer.timeorder import rows_at, values
 from tracer.tracefile import TraceReader
 from tracer.tracemeta import parse_json
 
@@ -89,7 +90,7 @@ def _rows(
     left = limit
     for batch in reader.records(kinds, wanted or None):
         if gfns is not None:
-            batch = batch.filter(pa.array(_meets(batch, *gfns)))
+            batch = rows_at(batch, np.flatnonzero(_meets(batch, *gfns)))
         for first in range(0, len(batch), _ROWS_AT_ONCE):
             if left is not None and left <= 0:
                 return
@@ -98,12 +99,20 @@ def _rows(
             yield from rows
 
 
+def _valid(column: pa.Array) -> npt.NDArray[np.bool_]:
+    """Tell where a column is not null (Arrow's own conversion to numpy imports pandas)."""
+    bitmap = column.buffers()[0]
+    if bitmap is None:
+        return np.ones(len(column), bool)
+    bits = np.unpackbits(np.frombuffer(bitmap, "u1"), bitorder="little")
+    return bits[column.offset : column.offset + len(column)].astype(bool)
+
+
 def _column(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.uint64]:
     """Return a column as numbers, 0 where it is null or not there."""
     if name not in batch.schema.names:
         return np.zeros(len(batch), "u8")
-    found: npt.NDArray[Any] = batch.column(name).fill_null(0).to_numpy(zero_copy_only=False)
-    return found.astype("u8")
+    return np.where(_valid(batch.column(name)), values(batch, name), 0).astype("u8")
 
 
 def _meets(batch: pa.RecordBatch, first: int, last: int) -> npt.NDArray[np.bool_]:
@@ -117,9 +126,8 @@ def _meets(batch: pa.RecordBatch, first: int, last: int) -> npt.NDArray[np.bool_
     for size, pages in _LEVEL_PAGES.items():
         # Only a leaf covers what its level says; the gfn of a fault is the one touched.
         more[(level == size) & (leaf > 0)] = pages
-    has_gfn = batch.column("gfn").is_valid().to_numpy(zero_copy_only=False)
-    hit: npt.NDArray[np.bool_] = (low <= last) & (low + more >= first) & has_gfn
-    return hit
+    hit: npt.NDArray[np.bool_] = (low <= last) & (low + more >= first)
+    return hit & _valid(batch.column("gfn"))
 
 
 def _prefix(row: Row, start: int) -> str:

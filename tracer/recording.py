@@ -10,8 +10,9 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from probes.errors import HostError, PfntraceError, UsageError
+from probes.errors import HostError, OutputError, PfntraceError, UsageError
 from probes.facts import KernelFacts
 from probes.profile import KernelProfile, choose_profile
 from tracer.command import Command
@@ -23,7 +24,7 @@ from tracer.schema import SCHEMA_VERSION
 from tracer.tracemeta import TraceMeta
 from tracer.tracewriter import TraceWriter
 
-__all__ = ("default_output", "record_to")
+__all__ = ("check_output", "default_output", "process_start", "record_to")
 
 
 def default_output(comm: str, pid: int) -> Path:
@@ -39,7 +40,6 @@ def record_to(
     output: Path | None,
     attach: str,
     overwrite: bool,
-    started: float,
     version: str,
     argv: Sequence[str],
     say: Callable[[str], None],
@@ -50,6 +50,7 @@ def record_to(
     Raises PfntraceError for everything that keeps a recording from starting; then no file is
     left behind.
     """
+    started = process_start()
     for pid in options.pids:
         if not Path(f"/proc/{pid}").exists():
             raise UsageError(f"--vm {pid}: no such process")
@@ -59,36 +60,49 @@ def record_to(
         raise HostError(f"cannot record on this host: {examination.first_problem}")
     profile = choose_profile(facts, attach=attach)
     child = Command(command) if command else None
+    settings = ring_settings(options, facts.cpus)
+    recorder = Recorder(profile, settings, options)
     try:
         path = output or _named_after(options, command, child)
-        settings = ring_settings(options, facts.cpus)
-        meta = _meta(facts, profile, settings, options, argv, version)
-        writer = TraceWriter(path, meta, overwrite=overwrite)
-    except BaseException:
-        if child is not None:
-            child.abandon()
-        raise
-    _give_to_invoker(path)
-    recorder = Recorder(profile, settings, options, writer)
-    try:
+        check_output(path, overwrite=overwrite)
         recorder.prepare()
+        # Created last, so that the trace's clock starts with the recording.
+        profile_facts = _profile_facts(profile, recorder.failed)
+        meta = _meta(facts, profile_facts, settings, options, argv, version)
+        writer = TraceWriter(path, meta, overwrite=overwrite)
+        _give_to_invoker(writer.fileno())
     except BaseException:
         recorder.abandon()
         if child is not None:
             child.abandon()
-        path.unlink(missing_ok=True)
         raise
-    for hook, symbol, why in recorder.failed:
-        writer.write_note({"failed": {"hook": hook, "symbol": symbol, "why": why}})
-    say(f"pfntrace: recording to {path} (armed after {time.monotonic() - started:.1f} s)"
-        + ("" if command else "; Ctrl-C ends it"))  # fmt: skip
+    armed = f"armed after {time.monotonic() - started:.1f} s"
+    say(f"pfntrace: recording to {path} ({armed})" + ("" if command else "; Ctrl-C ends it"))
     try:
-        outcome = recorder.run(child, started, show)
+        outcome = recorder.run(writer, child, started, show)
     except PfntraceError:
         recorder.abandon()
         raise
     status = (child.status or 0) if child is not None and outcome.why == "command" else 0
     return path, outcome, status
+
+
+def process_start() -> float:
+    """Return when this process began, on time.monotonic()'s clock (s)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if the trace could not be created, before anything slow is done."""
+    folder = path.parent
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists: choose another name with -o, or overwrite with --force")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder: choose another place with -o")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} is not writable: choose another place with -o")
 
 
 def _named_after(options: RecordOptions, command: Sequence[str], child: Command | None) -> Path:
@@ -102,7 +116,7 @@ def _named_after(options: RecordOptions, command: Sequence[str], child: Command 
 
 def _meta(
     facts: KernelFacts,
-    profile: KernelProfile,
+    profile: dict[str, Any],
     settings: Settings,
     options: RecordOptions,
     argv: Sequence[str],
@@ -116,18 +130,26 @@ def _meta(
         start_monotonic_ns=time.monotonic_ns(),
         hostname=platform.node(),
         facts=facts.to_json(),
-        profile={
-            "generation": profile.generation,
-            "hooks": [dataclasses.asdict(h) for h in profile.hooks],
-            "missing": [dataclasses.asdict(m) for m in profile.missing],
-            "results": {str(k): v for k, v in profile.results.items()},
-        },
+        profile=profile,
         settings={**settings._asdict(), **dataclasses.asdict(options)},
     )
 
 
-def _give_to_invoker(path: Path) -> None:
+def _profile_facts(
+    profile: KernelProfile, failed: Sequence[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """Return what a reader must know of the hooks: chosen, missing, refused by the kernel."""
+    return {
+        "generation": profile.generation,
+        "hooks": [dataclasses.asdict(h) for h in profile.hooks],
+        "missing": [dataclasses.asdict(m) for m in profile.missing],
+        "failed": [{"hook": h, "symbol": s, "why": w} for h, s, w in failed],
+        "results": {str(k): v for k, v in profile.results.items()},
+    }
+
+
+def _give_to_invoker(fd: int) -> None:
     """Under sudo the trace belongs to who called sudo."""
     uid, gid = os.environ.get("SUDO_UID"), os.environ.get("SUDO_GID")
     if os.geteuid() == 0 and uid and gid and uid.isdigit() and gid.isdigit():
-        os.chown(path, int(uid), int(gid))
+        os.fchown(fd, int(uid), int(gid))

@@ -98,10 +98,6 @@ class Ring:
         """Return how many bytes wait, those still being written included."""
         return int(self._producer[0]) - int(self._consumer[0])
 
-    def unread(self) -> int:
-        """Return how many records wait."""
-        return self.used() // self._dtype.itemsize
-
     def records(self, slots: Records) -> Records:
         """Return the records of these slots, discarded ones left out."""
         return _written(slots)

@@ -257,10 +257,10 @@ _PAGE = (
         + "; null if nothing could be read.", _page("bits"),
     ),
     Column("page_order", _U8, "", "Order of the compound page, else 0.", _page("order")),
-    Column("refcount_end", _I32, "", "refcount when the fault ended.", _page_end("refcount")),
-    Column("mapcount_end", _I32, "", "mapcount when the fault ended.", _page_end("mapcount")),
-    Column("page_flags_end", _U64, "bits", "page_flags when the fault ended.", _page_end("flags")),
-    Column("page_bits_end", _U32, "bits", "page_bits when the fault ended.", _page_end("bits")),
+    Column("refcount_end", _I32, "", "As refcount, at the fault's end.", _page_end("refcount")),
+    Column("mapcount_end", _I32, "", "As mapcount, at the fault's end.", _page_end("mapcount")),
+    Column("page_flags_end", _U64, "bits", "As page_flags, at the fault's end.", _page_end("flags")),
+    Column("page_bits_end", _U32, "bits", "As page_bits, at the fault's end.", _page_end("bits")),
 )  # fmt: skip
 
 _EVENT_ONLY = (
@@ -269,7 +269,7 @@ _EVENT_ONLY = (
     Column("sptep", _U64, "bytes", "Address of the SPTE, if known.", {"SPTE": Source("c", 0)}),
     Column("cause", _NAME, "", "Why the SPTE changed.", {"SPTE": Source("cause")}, "cause"),
     Column("call", _NAME, "", "How KVM gave it back.", {"RELEASE": Source("cause", 0)}, "call"),
-    Column("event", _NAME, "", "mmu_notifier_event.", {"INVALIDATE": Source("cause")}, "event"),
+    Column("event", _NAME, "", "Why memory changes.", {"INVALIDATE": Source("cause")}, "event"),
     Column(
         "order", _U8, "", "Order of the block that was freed or handed out.",
         _same(("PAGE_FREE", "PAGE_ALLOC"), "d"),
@@ -324,5 +324,6 @@ def reference() -> str:
         kinds = "all" if len(c.kinds) == len(FILE_KINDS) else ", ".join(c.kinds)
         kinds = "all but LOSS, NOTE" if c.kinds == RECORD_KINDS else kinds
         kind_of_type = "name" if c.names else str(c.type)
-        lines.append(f"| `{c.name}` | {kind_of_type} | {c.unit} | {kinds} | {c.doc} |")
+        doc = c.doc.replace("|", "\\|")
+        lines.append(f"| `{c.name}` | {kind_of_type} | {c.unit} | {kinds} | {doc} |")
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from typing import Any
 
 from probes.errors import OutputError
 from probes.profile import KernelProfile
-from tracer.batch import Group, take
+from tracer.batch import TAKE_MAX, Group, take
 from tracer.command import Command
 from tracer.kernel import Counts, KernelSide, Settings
 from tracer.ring import MappedRing, map_rings
@@ -71,7 +71,6 @@ class Outcome:
     faults: int
     vms: int
     counts: dict[str, Counts]
-    unread: int
     peak: float
     bytes: int
     armed_after_s: float
@@ -79,12 +78,12 @@ class Outcome:
 
     @property
     def lost(self) -> int:
-        """Records lost, by full rings or torn faults."""
-        return sum(c.lost for c in self.counts.values()) + self.unread
+        """Records lost: ring full, fault torn, or not written when the output failed."""
+        return sum(c.lost for c in self.counts.values())
 
     @property
     def filtered(self) -> int:
-        """Records that --vm or --gfn kept out."""
+        """Records that --vm, --gfn or --max-size kept out."""
         return sum(c.filtered for c in self.counts.values())
 
     @property
@@ -113,20 +112,19 @@ def ring_settings(options: RecordOptions, cpus: int) -> Settings:
 
 
 class Recorder:
-    """Records into `writer` until something ends it. One use only."""
+    """Records until something ends it. One use only."""
 
     def __init__(
         self,
         profile: KernelProfile,
         settings: Settings,
         options: RecordOptions,
-        writer: TraceWriter,
         *,
         kernel: KernelSide | None = None,
     ) -> None:
         self._options = options
         self._settings = settings
-        self._writer = writer
+        self._writer: TraceWriter
         self._kernel = kernel or KernelSide(profile, settings)
         self._rings: list[MappedRing] = []
         self._poll = select.poll()
@@ -153,6 +151,7 @@ class Recorder:
 
     def run(
         self,
+        writer: TraceWriter,
         command: Command | None,
         started: float,
         show: Callable[[Progress], None] | None = None,
@@ -163,6 +162,7 @@ class Recorder:
         `armed_after_s`. The trace is valid however this ends.
         """
         problem = ""
+        self._writer = writer
         with self._signals():
             self._kernel.arm()
             self._armed_at = time.monotonic()
@@ -178,12 +178,11 @@ class Recorder:
                 stopped = time.monotonic()
             if command is not None and why != "command":
                 command.stop()
-            unread = 0
             try:
-                unread = self._finish()
+                self._finish(why)
             except OutputError as err:
                 why, problem = "output", problem or str(err)
-            outcome = self._outcome(why, stopped, unread, armed_after, problem)
+            outcome = self._outcome(why, stopped, armed_after, problem)
             self._close(outcome)
         if command is not None and why != "command":
             _reap(command)
@@ -224,7 +223,7 @@ class Recorder:
         if options.duration_s is not None:
             if time.monotonic() - self._armed_at >= options.duration_s:
                 return "duration"
-        if options.max_bytes is not None and self._writer.bytes_written >= options.max_bytes:
+        if self._full():
             return "size"
         if options.pids and not any(_alive(pid) for pid in options.pids):
             return "vm"
@@ -235,13 +234,19 @@ class Recorder:
     def _fill(self) -> float:
         return max(ring.used() / ring.size for ring in self._rings)
 
+    def _full(self) -> bool:
+        limit = self._options.max_bytes
+        return limit is not None and self._writer.bytes_written >= limit
+
     def _drain(self, watermark: int) -> None:
-        while self._take(watermark):
+        while self._take(watermark) and not self._full():
             pass
 
     def _take(self, watermark: int) -> bool:
         """Write one group; return whether the rings held more than one group."""
-        taken = take(self._rings, watermark)
+        # A small file is filled in small steps, so that it ends near its limit.
+        most = TAKE_MAX if self._options.max_bytes is None else TAKE_MAX // 64
+        taken = take(self._rings, watermark, most)
         if taken.group:
             self._write(taken.group)
         taken.release()
@@ -254,16 +259,15 @@ class Recorder:
         for kind, records in group:
             self._written[kind] = self._written.get(kind, 0) + len(records)
 
-    def _finish(self) -> int:
-        """Take what is left in the rings; return how many records could not be taken."""
+    def _finish(self, why: str) -> None:
+        """Take what is left in the rings, unless the file is full already."""
         deadline = time.monotonic() + FINAL_DRAIN_S
         self._watch_slots()
-        while time.monotonic() < deadline:
+        while why not in ("size", "output") and time.monotonic() < deadline:
             if not self._take(2**63) and not any(ring.used() for ring in self._rings):
                 break
         self._note_vms()
         self._note_losses()
-        return sum(ring.unread() for ring in self._rings)
 
     # -- what is noted beside the records ---------------------------------
 
@@ -306,9 +310,18 @@ class Recorder:
             bytes=self._writer.bytes_written,
         )
 
-    def _outcome(
-        self, why: str, stopped: float, unread: int, armed_after: float, problem: str
-    ) -> Outcome:
+    def _accounted(self, why: str) -> dict[str, Counts]:
+        """Return the totals with records that were produced but not written put under a name."""
+        accounted = {}
+        for kind, c in self._totals().items():
+            unwritten = c.produced - c.lost - c.filtered - self._written.get(kind, 0)
+            if why == "size":
+                accounted[kind] = c._replace(filtered=c.filtered + unwritten)
+            else:
+                accounted[kind] = c._replace(lost=c.lost + unwritten)
+        return accounted
+
+    def _outcome(self, why: str, stopped: float, armed_after: float, problem: str) -> Outcome:
         messages = {
             "kvm": "the kvm module was unloaded under the recording; start a new one",
         }
@@ -318,8 +331,7 @@ class Recorder:
             records=sum(self._written.values()),
             faults=self._written.get("FAULT", 0),
             vms=len(self._slots.vms | {v.vm for v in self._kernel.vms() if v.traced}),
-            counts=self._totals(),
-            unread=unread,
+            counts=self._accounted(why),
             peak=max(ring.peak / ring.size for ring in self._rings),
             bytes=self._writer.bytes_written,
             armed_after_s=armed_after,
@@ -361,7 +373,6 @@ def summary_of(outcome: Outcome, written: dict[str, int]) -> dict[str, Any]:
         "records": outcome.records,
         "lost": outcome.lost,
         "filtered": outcome.filtered,
-        "unread": outcome.unread,
         "counts": {kind: c._asdict() for kind, c in outcome.counts.items()},
         "ring_peak": round(outcome.peak, 4),
         "problem": outcome.problem,

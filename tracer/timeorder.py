@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ("ORDER", "PENDING_ROWS_MAX", "Spanned", "in_time_order", "values")
+__all__ = ("ORDER", "PENDING_ROWS_MAX", "Spanned", "in_time_order", "rows_at", "values")
 
 #: The columns that order records; nulls count as 0.
 ORDER = ("ts", "cpu", "seq")
@@ -85,6 +85,13 @@ def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
 
 
+def rows_at(batch: pa.RecordBatch, at: npt.NDArray[np.int64]) -> pa.RecordBatch:
+    """Return the rows at some positions, in that order."""
+    # Not pa.array(): it imports pandas to ask whether it was given one.
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(at, "<i8"))]
+    return batch.take(pa.Array.from_buffers(pa.int64(), len(at), buffers))
+
+
 def values(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
     """Return a column of integers as it lies in memory; nulls look like any value, mostly 0."""
     column = batch.column(name)
@@ -105,4 +112,4 @@ def _sorted(batch: pa.RecordBatch) -> pa.RecordBatch:
             return batch
     else:
         order = np.argsort(ts, kind="stable")
-    return batch.take(pa.array(order))
+    return rows_at(batch, order)

@@ -7,6 +7,7 @@ and our columns, so both are compared, for all buffers of a batch at once. May i
 """
 
 import dataclasses
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,9 @@ NAMES_BYTES_MAX = 64 << 10
 #: Notes of one batch together; the writer makes no more than 3 MiB.
 _TEXT_MAX = 4 << 20
 
+#: (length, null count) of a column, (offset, length) of a buffer.
+_PAIR = struct.Struct("<qq")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Buffers:
@@ -39,52 +43,66 @@ class _Buffers:
     slack: npt.NDArray[np.int64]
     #: may be absent where the column has no nulls.
     validity: npt.NDArray[np.bool_]
-    columns: int
-    rows_max: int
 
 
-def _layout(types: Sequence[pa.DataType], rows_max: int, text_max: int) -> _Buffers:
+def _buffers(types: Sequence[pa.DataType]) -> _Buffers:
     buffers: list[tuple[int, int, int, int, bool]] = []
     padding = 64  # Arrow may round a buffer up to this
     for index, kind in enumerate(types):
         buffers.append((index, 1, 0, padding, True))
         if kind == pa.utf8():
             buffers.append((index, 32, 4, padding, False))
-            buffers.append((index, 0, 0, text_max, False))
+            buffers.append((index, 0, 0, _TEXT_MAX, False))
         else:
             width = 8 if pa.types.is_dictionary(kind) else kind.bit_width
             buffers.append((index, width, 0, padding, False))
     column, bits, extra, slack, validity = (np.array(part) for part in zip(*buffers, strict=True))
-    return _Buffers(column, bits, extra, slack, validity, len(types), rows_max)
+    return _Buffers(column, bits, extra, slack, validity)
 
 
-_BATCH_LAYOUT = _layout([c.type for c in schema.COLUMNS], ROWS_MAX, _TEXT_MAX)
-_NAMES_LAYOUT = _layout([pa.utf8()], _NAMES_MAX, NAMES_BYTES_MAX)
+_BATCH = _buffers([c.type for c in schema.COLUMNS])
+
+
+def _opened(whole: bytes, kind: int) -> tuple[messages.Layout, memoryview]:
+    """Return what a message says of its body, and the body."""
+    begin = messages.PREFIX_SIZE + messages.metadata_size(whole[: messages.PREFIX_SIZE])
+    layout = messages.parse_layout(whole[messages.PREFIX_SIZE : begin], kind)
+    return layout, memoryview(whole)[begin:]
+
+
+def check_names(whole: bytes) -> None:
+    """Check a dictionary message; raises Malformed.
+
+    There are eight in each file, of three buffers: too few for numpy to be quick.
+    """
+    layout, body = _opened(whole, messages.DICTIONARY)
+    if layout.nodes != _PAIR.pack(layout.rows, 0) or not 0 < layout.rows <= _NAMES_MAX:
+        raise Malformed("too many names, or nulls among them")
+    if len(layout.buffers) != 3 * _PAIR.size:
+        raise Malformed("names that are no text")
+    needed = (0, 4 * layout.rows + 4, 0)
+    for (offset, length), least in zip(_PAIR.iter_unpack(layout.buffers), needed, strict=True):
+        if not 0 <= offset <= offset + length <= len(body) or 0 < length < 8:
+            raise Malformed("names outside of their message")
+        holds = length
+        if layout.compressed and length:
+            stated = int.from_bytes(body[offset : offset + 8], "little", signed=True)
+            holds = length - 8 if stated == -1 else stated
+        if not least <= holds <= NAMES_BYTES_MAX:
+            raise Malformed("names of impossible length")
 
 
 def check_batch(whole: bytes) -> int:
     """Check a record batch message of our columns and return its rows; raises Malformed."""
-    return _check(whole, messages.RECORD_BATCH, _BATCH_LAYOUT)
-
-
-def check_names(whole: bytes) -> int:
-    """Check a dictionary message and return its number of names; raises Malformed."""
-    return _check(whole, messages.DICTIONARY, _NAMES_LAYOUT)
-
-
-def _check(whole: bytes, kind: int, expected: _Buffers) -> int:
-    """Check that all parts lie in the body and unpack to their size; return the rows."""
-    size = messages.metadata_size(whole[: messages.PREFIX_SIZE])
-    begin = messages.PREFIX_SIZE + size
-    layout = messages.parse_layout(whole[messages.PREFIX_SIZE : begin], kind)
-    body = np.frombuffer(whole, "u1")[begin:]
+    layout, rest = _opened(whole, messages.RECORD_BATCH)
+    body = np.frombuffer(rest, "u1")
     nodes = np.frombuffer(layout.nodes, "<i8").reshape(-1, 2)
     buffers = np.frombuffer(layout.buffers, "<i8").reshape(-1, 2)
     rows = layout.rows
-    if len(nodes) != expected.columns or len(buffers) != len(expected.column):
+    if len(nodes) != len(schema.COLUMNS) or len(buffers) != len(_BATCH.column):
         raise Malformed("another number of columns")
     nulls = nodes[:, 1]
-    if not 0 <= rows <= expected.rows_max or (nodes[:, 0] != rows).any():
+    if not 0 <= rows <= ROWS_MAX or (nodes[:, 0] != rows).any():
         raise Malformed("columns of different length")
     if ((nulls < 0) | (nulls > rows)).any():
         raise Malformed("more nulls than rows")
@@ -100,8 +118,8 @@ def _check(whole: bytes, kind: int, expected: _Buffers) -> int:
         places = offset[packed, np.newaxis] + np.arange(8)
         stated = np.ascontiguousarray(body[places]).view("<i8")[:, 0]
         holds[packed] = np.where(stated == -1, length[packed] - 8, stated)
-    needed = (rows * expected.bits + 7) // 8 + expected.extra
-    absent = expected.validity & (holds == 0) & (nulls[expected.column] == 0)
-    if ((holds < needed) & ~absent | (holds > needed + expected.slack)).any():
+    needed = (rows * _BATCH.bits + 7) // 8 + _BATCH.extra
+    absent = _BATCH.validity & (holds == 0) & (nulls[_BATCH.column] == 0)
+    if ((holds < needed) & ~absent | (holds > needed + _BATCH.slack)).any():
         raise Malformed("a column whose size is not that of its rows")
     return rows

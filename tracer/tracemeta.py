@@ -12,7 +12,10 @@ from typing import Any
 from probes.errors import TraceFormatError
 from tracer.schema import SCHEMA_VERSION
 
-__all__ = ("CRC_KEY", "META_KEY", "TraceMeta", "parse_json")
+__all__ = ("CRC_KEY", "HEAD_BYTES_MAX", "META_KEY", "TraceMeta", "parse_json")
+
+#: Longest schema message of a trace. The facts of a kernel, its largest part, are 8 KiB.
+HEAD_BYTES_MAX = 4 << 20
 
 #: Keys of the Arrow schema's metadata.
 META_KEY = "pfntrace"

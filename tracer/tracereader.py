@@ -77,7 +77,7 @@ class _Decoder:
         self._feed.put(head)
         self._columns = list(columns)
         fields = [i for i, column in enumerate(schema.COLUMNS) if column.name in self._columns]
-        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         self._arrow = pa.ipc.open_stream(pa.PythonFile(self._feed, mode="r"), options=options)
 
     def decode(self, message: bytes, block: Block) -> pa.RecordBatch:
@@ -187,7 +187,7 @@ class TraceReader:
                 f"{self.path}: {err}; no recorder of pfntrace wrote this"
             ) from err
 
-    def info(self, verify: bool = False) -> dict[str, Any]:
+    def info(self, *, verify: bool = False) -> dict[str, Any]:
         """Return what the file holds, as plain JSON; see `tracer.traceinfo.describe`.
 
         Only the heads of batches are read. `verify` reads and checks everything else too.
@@ -197,9 +197,13 @@ class TraceReader:
             for block in blocks:
                 if self._load(block) is None:
                     break
-        if self._damaged is not None:
-            blocks = [block for block in blocks if block.offset < self._damaged.offset]
-        return describe(self.meta, blocks, self.reason, self._file.size, self._rows)
+        while True:
+            damaged = self._damaged
+            if damaged is not None:
+                blocks = [block for block in blocks if block.offset < damaged.offset]
+            found = describe(self.meta, blocks, self.reason, self._file.size, self._rows)
+            if self._damaged is damaged:  # else some of the rows read for it were
+                return found
 
     @property
     def _scan(self) -> Scan:

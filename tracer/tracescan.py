@@ -3,7 +3,8 @@
 A scan reads the head of each message and no body: it finds where every batch lies, what it holds
 and where the readable part of the file ends. A trace may come from strangers: whatever a file
 says about sizes is compared with the file and with the limits below. May import: `probes.errors`,
-`tracer.columns`, `tracer.messages`, `tracer.schema`, `tracer.tracecheck`, pyarrow.
+`tracer.columns`, `tracer.messages`, `tracer.schema`, `tracer.tracecheck`,
+`tracer.tracemeta`, pyarrow.
 """
 
 import dataclasses
@@ -20,11 +21,10 @@ from tracer import messages, schema
 from tracer.columns import ROWS_MAX
 from tracer.messages import Malformed
 from tracer.tracecheck import NAMES_BYTES_MAX, check_batch, check_names
+from tracer.tracemeta import HEAD_BYTES_MAX
 
-__all__ = ("HEAD_BYTES_MAX", "Block", "Scan", "TraceBytes", "load", "read_schema", "scan")
+__all__ = ("Block", "Scan", "TraceBytes", "load", "read_schema", "scan")
 
-#: Longest schema message: the facts of the kernel are in it.
-HEAD_BYTES_MAX = 4 << 20
 #: Longest metadata of any other message (ours are 4 KiB) and longest body.
 _METADATA_MAX = 64 << 10
 _BODY_MAX = 32 << 20

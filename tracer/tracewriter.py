@@ -21,14 +21,14 @@ import pyarrow as pa
 from probes.errors import OutputError
 from tracer import messages, schema
 from tracer.columns import ROWS_MAX, ColumnMaker
-from tracer.tracemeta import TraceMeta
+from tracer.tracemeta import HEAD_BYTES_MAX, TraceMeta
 
 __all__ = ("NOTE_BYTES_MAX", "TraceWriter")
 
-#: Longest JSON text of one note; with NOTES_MAX it bounds what a reader allocates.
+#: Longest JSON text of one note. A batch has three times that at most: a reader relies on it.
 NOTE_BYTES_MAX = 1 << 20
 #: Notes held back until the next group; so many that starting with hundreds of VMAs is one batch.
-_NOTES_HELD = 256
+_NOTES_HELD_MAX = 256
 
 _COUNTS = ("produced", "lost", "filtered", "torn")
 
@@ -67,7 +67,7 @@ class TraceWriter:
     last whole batch, and `close` may still be called to add the end mark.
     """
 
-    def __init__(self, path: Path, meta: TraceMeta, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, meta: TraceMeta, *, overwrite: bool = False) -> None:
         """Create the file, for its owner only; refuses an existing one unless `overwrite`."""
         self._path = path
         self._maker = ColumnMaker(meta.results)
@@ -84,9 +84,16 @@ class TraceWriter:
         self._notes: list[tuple[int, str]] = []
         self._losses: dict[tuple[str, int], tuple[int, int, int, int]] = {}
         self._size = 0
-        self._fd = _create(path, overwrite)
         head = self._head()
-        self._write(head)
+        if len(head) > HEAD_BYTES_MAX:
+            raise ValueError(f"a description of {len(head)} bytes, {HEAD_BYTES_MAX} at most")
+        self._fd = _create(path, overwrite)
+        try:
+            self._write(head)
+        except OutputError:
+            self.abandon()
+            path.unlink(missing_ok=True)
+            raise
         self._crc_head = zlib.crc32(head)
 
     @property
@@ -128,16 +135,11 @@ class TraceWriter:
         Counts are cumulative; only those that changed since the last call are written. `ts` is
         CLOCK_MONOTONIC in ns, now if None.
         """
-        new = {
-            (kind, cpu): tuple(map(int, values))
-            for kind, cpus in counts.items()
-            for cpu, values in enumerate(cpus)
-        }
-        changed = {
-            key: values
-            for key, values in new.items()
-            if values != self._losses.get(key, (0, 0, 0, 0))
-        }
+        changed: dict[tuple[str, int], tuple[int, int, int, int]] = {}
+        for kind, cpus in counts.items():
+            for cpu, values in enumerate(cpus):
+                if values != self._losses.get((kind, cpu), (0, 0, 0, 0)):
+                    changed[kind, cpu] = values
         if not changed:
             return
         keys = list(changed)
@@ -151,7 +153,7 @@ class TraceWriter:
         for first in range(0, len(keys), ROWS_MAX):
             part = {name: v[first : first + ROWS_MAX] for name, v in columns.items()}
             self._write_batch("LOSS", self._maker.rows("LOSS", part))
-        self._losses.update(changed)  # type: ignore[arg-type]
+        self._losses.update(changed)
 
     def write_note(self, note: Mapping[str, Any], ts: int | None = None) -> None:
         """Add a note; it reaches the file with the next group or flush.
@@ -162,7 +164,8 @@ class TraceWriter:
         if "end" in note:
             raise ValueError("a note with the key 'end' would look like the end mark")
         self._hold(note, ts)
-        if len(self._notes) >= _NOTES_HELD:
+        held = sum(len(text) for _, text in self._notes)
+        if len(self._notes) >= _NOTES_HELD_MAX or held > NOTE_BYTES_MAX:
             self.flush()
 
     def flush(self) -> None:
@@ -179,8 +182,7 @@ class TraceWriter:
             losses = {n: sum(v[i] for v in self._losses.values()) for i, n in enumerate(_COUNTS)}
             kinds = {kind: self._kinds[kind] for kind in schema.RECORD_KINDS}
             self._hold({"end": dict(summary), "kinds": kinds, "losses": losses}, ts)
-            self._write_batch("NOTE", self._note_rows(), messages.END_OF_STREAM)
-            self._notes.clear()
+            self._write_end()
         finally:
             self.abandon()
 
@@ -189,6 +191,16 @@ class TraceWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    # On a full disk the notes held back give way to the end mark.
+    def _write_end(self) -> None:
+        try:
+            self._write_batch("NOTE", self._note_rows(), messages.END_OF_STREAM)
+        except OutputError:
+            if len(self._notes) == 1 or self._fd < 0:
+                raise
+            del self._notes[:-1]
+            self._write_batch("NOTE", self._note_rows(), messages.END_OF_STREAM)
 
     def _hold(self, note: Mapping[str, Any], ts: int | None) -> None:
         text = json.dumps(note, sort_keys=True, allow_nan=False)
@@ -240,6 +252,7 @@ class TraceWriter:
             os.ftruncate(self._fd, self._size)
             os.lseek(self._fd, self._size, os.SEEK_SET)
         except OSError:
+            self.abandon()  # what came now would follow a broken piece
             return f"{self._path}: {why}, and the last piece cannot be removed; use another disk"
         return (
             f"{self._path}: {why}; the {self.records} records before are readable; free space or "
@@ -249,7 +262,7 @@ class TraceWriter:
 
 def _create(path: Path, overwrite: bool) -> int:
     """Create the file with mode 0600 and return its descriptor; links are not followed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         if overwrite:
             _remove(path)

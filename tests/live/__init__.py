@@ -1,0 +1,1 @@
+"""Tests that boot real kernels: what a recording shows, against independent witnesses."""
