@@ -142,7 +142,7 @@ def _block_evidence(failure: Failure, block: Block | None, head: Head | None) ->
         )
     if block:
         found.append(
-            f"{_ms(block.ts - failure.last_ts)} later the block was freed as one: "
+            f"{_duration(block.ts - failure.last_ts)} later the block was freed as one: "
             f"{1 << block.order:,} pages (order {block.order}) from pfn {block.frame:#x}."
         )
     return " ".join(found)
@@ -152,11 +152,11 @@ def _then(failure: Failure, destroyed: int | None) -> str:
     vcpus = f"vCPU {failure.vcpu}" if failure.vcpus == 1 else "these vCPUs"
     then = f"no later fault of {vcpus} succeeded" if failure.died else f"{vcpus} ran on"
     if destroyed is not None and destroyed > failure.last_ts:
-        then += f"; the VM was destroyed {_ms(destroyed - failure.last_ts)} later"
+        then += f"; the VM was destroyed {_duration(destroyed - failure.last_ts)} later"
     return then
 
 
-def _ms(duration_ns: int) -> str:
-    return (
-        f"{duration_ns / 1e6:,.0f} ms" if duration_ns >= 10**6 else f"{duration_ns / 1e3:,.0f} us"
-    )
+def _duration(ns: int) -> str:
+    if ns >= 10**9:
+        return f"{ns / 1e9:,.1f} s"
+    return f"{ns / 1e6:,.0f} ms" if ns >= 10**6 else f"{ns / 1e3:,.0f} us"

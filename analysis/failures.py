@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.mappings import Mappings, VmaMapping
+from analysis.mappings import Mappings, VmaMapping, numbered
 from analysis.pages import frame_of, pfn_error
 from analysis.tables import largest_groups, stack
 from probes.wire import PAGE_BITS
@@ -218,7 +218,7 @@ def failures(
         reason=reasons(failed, takes_reference=takes_reference, hooks=hooks),
         mapping=pd.Series(mappings.find_all(failed), index=failed.index, dtype=object),
     ).sort_values("first_ts", kind="stable")
-    table["place"] = [f"{m.start:x} {m}" if m else "" for m in table["mapping"]]
+    table["place"] = numbered(table["mapping"])
     keys = ["vm", "slot", "place", "ret", "reason", "prefetch"]
     return [_failure(rows, alive) for rows in largest_groups(table, keys, "faults", limit)]
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.pages import vm_flag_names
 
-__all__ = ("UNKNOWN_FILE", "Mappings", "VmaMapping")
+__all__ = ("UNKNOWN_FILE", "Mappings", "VmaMapping", "numbered")
 
 UNKNOWN_FILE = "a mapping whose file is not known"
 
@@ -78,6 +78,12 @@ class Mappings:
         for at, start, end in zip(mine, starts, ends, strict=True):
             owner[start:end] = at
         return owner
+
+
+def numbered(mappings: Iterable[VmaMapping | None]) -> list[int]:
+    """Return a number for each mapping, equal ones having the same: a key to group by."""
+    numbers: dict[VmaMapping | None, int] = {}
+    return [numbers.setdefault(mapping, len(numbers)) for mapping in mappings]
 
 
 def _of_slot_note(note: Mapping[str, Any]) -> Iterator[VmaMapping]:

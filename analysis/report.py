@@ -222,7 +222,7 @@ def _balance(totals: Totals, vm: int) -> str:
     else:
         why = ", or their zaps were lost" if totals.info["lost"] else ""
         line += f": {text.plural(left, 'SPTE')} OUTLIVED the VM{why}"
-    if vm not in totals.created:
+    if vm not in totals.created and sums["zap"]:
         line += "; SPTEs from before the trace may be among the zapped"
     return line
 
@@ -325,7 +325,7 @@ def _how_counted(part: UncountedMemory) -> str:
         counts.append(f"above 0 by accident on {part.above:,}, such as a block's head")
     if part.bare:
         counts.append(f"no struct page on {part.bare:,}")
-    who = "Not reference-counted, says KVM" if part.said else "Nobody can count them"
+    who = "Not reference-counted, says KVM" if part.said else "They cannot be counted"
     return f"{who}: {'; '.join(counts)}."
 
 
@@ -356,8 +356,10 @@ def _losses(totals: Totals) -> Iterator[str]:
     header = ("kind", "produced", "recorded", "lost", "filtered", "missing")
     yield from text.aligned(header, rows, "lr")
     if totals.info["torn"]:
-        torn = text.plural(totals.info["torn"], "lost fault")
-        yield from text.wrapped(f"{torn} missed its end: more vCPUs slept than kretprobes serve.")
+        yield from text.wrapped(
+            f"{totals.info['torn']:,} of the lost faults are torn, their end was missed: more "
+            "vCPUs slept in a fault than there are kretprobes."
+        )
     yield from text.wrapped(_account(odd, totals.info))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.mappings import Mappings, VmaMapping
+from analysis.mappings import Mappings, VmaMapping, numbered
 from analysis.pages import frame_of
 from analysis.tables import largest_groups, stack
 
@@ -95,7 +95,7 @@ def uncounted_memory(
         mapping=pd.Series(mappings.find_all(leaves), index=leaves.index, dtype=object),
         pages=_leaf_pages(leaves["level"]).astype(np.int64),
     )
-    table["place"] = [f"{m.start:x} {m}" if m else "" for m in table["mapping"]]
+    table["place"] = numbered(table["mapping"])
     return [
         _memory(rows) for rows in largest_groups(table, ["vm", "slot", "place"], "pages", limit)
     ]

@@ -42,9 +42,11 @@ class _Plan:
     # What one kind needs: fields with the type they are gathered as, then the columns.
     fields: tuple[tuple[tuple[str, ...], np.dtype[Any]], ...]
     steps: tuple[_Step, ...]
+    #: columns that the kind does not fill.
+    absent: tuple[int, ...]
 
 
-def _gathered_dtype(column: schema.Column, field: str) -> np.dtype[Any]:
+def _gathered_dtype(column: schema.Column) -> np.dtype[Any]:
     """Type of the contiguous array: the column's own where it has one, else the wire's."""
     if column.names == "result":
         return np.dtype("<i4")
@@ -72,7 +74,7 @@ def _plan(kind: str) -> _Plan:
         how = _how(column)
         gather = null_at = -1
         if source.field:
-            key = (source.field, _gathered_dtype(column, source.field))
+            key = (source.field, _gathered_dtype(column))
             gather = null_at = fields.setdefault(key, len(fields))
         if source.null_field:
             null_at = fields.setdefault((source.null_field, np.dtype("<u4")), len(fields))
@@ -81,7 +83,8 @@ def _plan(kind: str) -> _Plan:
             _Step(index, column.type, how, gather, null, null_at if null is not None else -1)
         )
     paths = tuple((tuple(field.split(".")), dtype) for field, dtype in fields)
-    return _Plan(paths, tuple(steps))
+    absent = set(range(len(schema.COLUMNS))) - {step.column for step in steps}
+    return _Plan(paths, tuple(steps), tuple(sorted(absent)))
 
 
 def _gather(records: Records, plan: _Plan) -> list[npt.NDArray[Any]]:
@@ -156,7 +159,9 @@ class ColumnMaker:
             raise ValueError(f"{rows} rows in one batch, {ROWS_MAX} at most")
         plan = _plan(kind)
         gathered = _gather(records, plan)
-        arrays = [null.slice(0, rows) for null in self._nulls]
+        arrays: list[Any] = [None] * len(self._nulls)
+        for column in plan.absent:
+            arrays[column] = self._nulls[column].slice(0, rows)
         masks: dict[tuple[int, int], tuple[pa.Buffer | None, int]] = {}
         for step in plan.steps:
             arrays[step.column] = self._make(kind, step, gathered, rows, masks)

@@ -259,7 +259,9 @@ _PAGE = (
     Column("page_order", _U8, "", "Order of the compound page, else 0.", _page("order")),
     Column("refcount_end", _I32, "", "As refcount, at the fault's end.", _page_end("refcount")),
     Column("mapcount_end", _I32, "", "As mapcount, at the fault's end.", _page_end("mapcount")),
-    Column("page_flags_end", _U64, "bits", "As page_flags, at the fault's end.", _page_end("flags")),
+    Column(
+        "page_flags_end", _U64, "bits", "As page_flags, at the fault's end.", _page_end("flags"),
+    ),
     Column("page_bits_end", _U32, "bits", "As page_bits, at the fault's end.", _page_end("bits")),
 )  # fmt: skip
 

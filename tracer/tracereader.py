@@ -174,8 +174,9 @@ class TraceReader:
         """Yield all records of some kinds in order of (ts, cpu, seq), in batches of any length.
 
         Batches overlap in time, so those of the same moment are held together: one or two per
-        kind, at most about a million rows. Where the file is damaged the iteration ends with
-        what came before in time; `reason` says so.
+        kind, at most about a million rows. Where a batch is damaged the iteration ends with what
+        came before it in time; where the file cannot be followed further, with what lies before
+        in the file. `reason` says so.
         """
         wanted = _checked_columns(columns)
         read = self._loader(tuple(dict.fromkeys((*wanted, *ORDER))))

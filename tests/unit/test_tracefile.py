@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from tracer.columns import ROWS_MAX
 from tracer.tracefile import TraceMeta, TraceReader, TraceWriter
 
 KEYS = ["ts", "cpu", "seq"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # --- what the writer refuses ----------------------------------------------------------------------
@@ -182,16 +185,21 @@ def test_a_broken_piece_that_cannot_be_removed_ends_the_writing(tmp_path, monkey
 def test_a_killed_recorder_leaves_all_it_flushed(tmp_path):
     # GIVEN a recorder that is gone in the instant after its second flush
     path = tmp_path / "x.pfnt"
-    child = os.fork()
-    if not child:
-        writer = TraceWriter(path, meta())
-        writer.write_note({"hello": 1})
-        writer.write_group(group(0))
-        writer.write_losses({"FAULT": [(7, 2, 0, 0)]}, ts=START_NS)
-        writer.write_losses({"FAULT": [(9, 3, 1, 0)]}, ts=START_NS + 1)
-        writer.write_group(group(1))
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
+    code = (
+        "import os, sys, pathlib\n"
+        "from tracer.tracefile import TraceWriter\n"
+        "from unit.records import START_NS, group, meta\n"
+        "writer = TraceWriter(pathlib.Path(sys.argv[1]), meta())\n"
+        "writer.write_note({'hello': 1})\n"
+        "writer.write_group(group(0))\n"
+        "writer.write_losses({'FAULT': [(7, 2, 0, 0)]}, ts=START_NS)\n"
+        "writer.write_losses({'FAULT': [(9, 3, 1, 0)]}, ts=START_NS + 1)\n"
+        "writer.write_group(group(1))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=env)
+    assert done.returncode == -9
     # THEN everything is there but the end mark, and the newest losses count
     facts = TraceReader(path).info(verify=True)
     assert facts["reason"].startswith("no end mark: the recorder was killed")
