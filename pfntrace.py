@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -193,6 +193,9 @@ def _summary(
     torn = sum(c.torn for c in outcome.counts.values())
     if torn:
         yield f"{torn:,} of them are faults whose end was missed: more vCPUs slept than kretprobes"
+    if outcome.missed:
+        calls = ", ".join(f"{name} {count:,}" for name, count in outcome.missed.items())
+        yield f"the kernel skipped programs that were interrupted by themselves: {calls}"
     yield (
         f"recorded {outcome.records:,} records ({outcome.faults:,} faults) of "
         f"{outcome.vms} VM{'s' if outcome.vms != 1 else ''} in {outcome.seconds:.1f} s; "
@@ -210,7 +213,7 @@ def _summary(
 
 
 @contextlib.contextmanager
-def _status_line() -> "Iterator[object]":
+def _status_line() -> "Iterator[Callable[[Progress], None] | None]":
     """Give a function that shows progress on one line of a terminal; none if stderr is not one."""
     if not sys.stderr.isatty():
         yield None

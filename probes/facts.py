@@ -59,6 +59,8 @@ class KernelFacts:
     btf_vmlinux: bool = False
     btf_kvm: bool = False
     dev_kvm: bool = False
+    #: preemption model of the running kernel (none, voluntary, lazy, full), "" if nothing says it.
+    preempt: str = ""
     #: state in brackets of /sys/kernel/security/lockdown, "" where the kernel has none.
     lockdown: str = ""
     capabilities: tuple[str, ...] = ()
@@ -95,7 +97,14 @@ class KernelFacts:
                 for name, members in data["structs"].items()
             }
             data["functions"] = {name: tuple(args) for name, args in data["functions"].items()}
-            for key in ("tracepoints", "symbols", "blacklisted", "modules", "capabilities", "notes"):
+            for key in (
+                "tracepoints",
+                "symbols",
+                "blacklisted",
+                "modules",
+                "capabilities",
+                "notes",
+            ):
                 data[key] = tuple(data[key])
             return cls(**data)
         except (AttributeError, KeyError, TypeError, ValueError) as err:

@@ -205,7 +205,7 @@ HOOKS: tuple[Hook, ...] = (
         "kr_reason",
         _REASON,
     ),
-    # Linux 2ff072ba7ad2 ("KVM: Migrate kvm_vcpu_map() to kvm_follow_pfn()") brought the underscores.
+    # Underscores since Linux 2ff072ba7ad2 ("KVM: Migrate kvm_vcpu_map() to kvm_follow_pfn()").
     Hook(
         "vcpu_map",
         ("__kvm_vcpu_map", "kvm_vcpu_map"),

@@ -107,7 +107,7 @@ def result_names(facts: KernelFacts) -> dict[int, str]:
 
 
 def _clones(facts: KernelFacts, candidate: str) -> list[str]:
-    """The symbol itself, else its compiler clones that keep the entry (`.isra.0`, `.constprop.0`)."""
+    """The symbol itself, else compiler clones that keep its entry (`.isra.0`, `.constprop.0`)."""
     if candidate in facts.symbols:
         return [candidate]
     kept = (".isra.", ".constprop.")
@@ -139,6 +139,10 @@ def _fentry_refusal(facts: KernelFacts, hook: Hook, symbol: str) -> str:
         return "this bcc has no MODULE_KFUNC_PROBE"
     if symbol not in facts.functions:
         return "not in BTF"
+    if facts.preempt not in ("none", "voluntary"):
+        # Linux: bpf_trampoline's __bpf_prog_enter_recur() skips a program that is already active on
+        # the cpu; where programs are preempted, another task's call is such a one and is missed.
+        return "this kernel may preempt fentry programs, and then misses calls"
     count = len(facts.functions[symbol])
     if count > _FENTRY_ARGS_MAX:
         return f"{count} arguments, fentry takes {_FENTRY_ARGS_MAX}"

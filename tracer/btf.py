@@ -24,11 +24,11 @@ class _Type(ctypes.Structure):
 
     @property
     def kind(self) -> int:
-        return (self.info >> 24) & 0x1F
+        return int(self.info >> 24) & 0x1F
 
     @property
     def vlen(self) -> int:
-        return self.info & 0xFFFF
+        return int(self.info) & 0xFFFF
 
     @property
     def kflag(self) -> bool:
@@ -36,7 +36,11 @@ class _Type(ctypes.Structure):
 
 
 class _Member(ctypes.Structure):
-    _fields_ = [("name_off", ctypes.c_uint32), ("type", ctypes.c_uint32), ("offset", ctypes.c_uint32)]
+    _fields_ = [
+        ("name_off", ctypes.c_uint32),
+        ("type", ctypes.c_uint32),
+        ("offset", ctypes.c_uint32),
+    ]
 
 
 class _Pair(ctypes.Structure):
@@ -135,7 +139,7 @@ class Btf:
     def _width(self, type_id: int) -> int:
         typ, _ = self._type(self._resolve(type_id))
         if typ.kind in (_INT, _STRUCT, _UNION, _ENUM):
-            return typ.size * 8
+            return int(typ.size) * 8
         return 64 if typ.kind == _PTR else 0
 
     def _members(self, type_id: int, base_bit: int = 0) -> Iterator[tuple[str, Field]]:

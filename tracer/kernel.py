@@ -10,8 +10,10 @@ import ctypes
 import ctypes.util
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -192,6 +194,20 @@ class KernelSide:
             if number:
                 values = table[ctypes.c_int(number)]
                 found[name] = [Counts(v.produced, v.lost, v.filtered, v.torn) for v in values]
+        return found
+
+    def missed(self) -> dict[str, int]:
+        """Return program -> calls that the kernel did not run it for, where there were any.
+
+        The kernel refuses to run a program inside itself and counts that (recursion_misses,
+        kernel/bpf/syscall.c, bpf_prog_show_fdinfo()).
+        """
+        found = {}
+        for name, program in self._bpf.funcs.items():
+            text = Path(f"/proc/self/fdinfo/{program.fd}").read_text()
+            match = re.search(r"^recursion_misses:\s*(\d+)", text, re.M)
+            if match and int(match[1]):
+                found[name.decode()] = int(match[1])
         return found
 
     def vms(self) -> list[VmEntry]:

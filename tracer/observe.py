@@ -68,6 +68,18 @@ def _lockdown() -> str:
     return match[1] if match else ""
 
 
+def _preempt(version: str, config: dict[str, str]) -> str:
+    """Return the preemption model: chosen at run time, at boot, or when the kernel was built."""
+    match = re.search(r"\((\w+)\)", _read("/sys/kernel/debug/sched/preempt"))
+    if match:
+        return match[1]
+    if config.get("CONFIG_PREEMPT_RT") == "y":
+        return "full"
+    if "PREEMPT_DYNAMIC" in version:
+        return ""  # debugfs would say it, and is closed
+    return "full" if re.search(r"\bPREEMPT\b", version) else "voluntary"
+
+
 def _config(release: str) -> dict[str, str]:
     text = _read(f"/boot/config-{release}") or _read(f"/lib/modules/{release}/config")
     if not text:
@@ -252,6 +264,7 @@ def observe() -> KernelFacts:
         ),
         max_pfn=_max_pfn(),
         dev_kvm=Path("/dev/kvm").exists(),
+        preempt=_preempt(_read("/proc/version"), config),
         lockdown=_lockdown(),
         capabilities=_capabilities(),
         kprobes=_kprobes(config),

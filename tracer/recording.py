@@ -19,8 +19,8 @@ from tracer.command import Command
 from tracer.doctor import examine
 from tracer.kernel import Settings
 from tracer.observe import observe
-from tracer.session import Outcome, Progress, Recorder, RecordOptions, ring_settings
 from tracer.schema import SCHEMA_VERSION
+from tracer.session import Outcome, Progress, Recorder, RecordOptions, ring_settings
 from tracer.tracemeta import TraceMeta
 from tracer.tracewriter import TraceWriter
 

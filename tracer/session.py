@@ -74,12 +74,14 @@ class Outcome:
     peak: float
     bytes: int
     armed_after_s: float
+    #: program -> calls that the kernel skipped: what the records cannot know.
+    missed: dict[str, int]
     problem: str = ""
 
     @property
     def lost(self) -> int:
-        """Records lost: ring full, fault torn, or not written when the output failed."""
-        return sum(c.lost for c in self.counts.values())
+        """Records lost: ring full, fault torn, call skipped, not written when the output failed."""
+        return sum(c.lost for c in self.counts.values()) + sum(self.missed.values())
 
     @property
     def filtered(self) -> int:
@@ -88,8 +90,8 @@ class Outcome:
 
     @property
     def produced(self) -> int:
-        """All records the probes had to write."""
-        return sum(c.produced for c in self.counts.values())
+        """All records the probes had to write, or would have had they run."""
+        return sum(c.produced for c in self.counts.values()) + sum(self.missed.values())
 
 
 def _power_of_two(value: float) -> int:
@@ -276,8 +278,7 @@ class Recorder:
             self._writer.write_note(note)
 
     def _note_losses(self) -> None:
-        counts = self._kernel.counts()
-        self._writer.write_losses({kind: [tuple(c) for c in cpus] for kind, cpus in counts.items()})
+        self._writer.write_losses(self._kernel.counts())
 
     def _note_vms(self) -> None:
         vms = [v._asdict() for v in self._kernel.vms()]
@@ -335,6 +336,7 @@ class Recorder:
             peak=max(ring.peak / ring.size for ring in self._rings),
             bytes=self._writer.bytes_written,
             armed_after_s=armed_after,
+            missed=self._kernel.missed(),
             problem=problem or messages.get(why, ""),
         )
 
@@ -374,6 +376,7 @@ def summary_of(outcome: Outcome, written: dict[str, int]) -> dict[str, Any]:
         "lost": outcome.lost,
         "filtered": outcome.filtered,
         "counts": {kind: c._asdict() for kind, c in outcome.counts.items()},
+        "missed": outcome.missed,
         "ring_peak": round(outcome.peak, 4),
         "problem": outcome.problem,
     }

@@ -1,7 +1,8 @@
 """Memslots, noticed while their process still lives.
 
 SLOT and VMA records wake the recorder at once; this module finds them in the ring, before their
-turn to be written, and reads what stands behind the slot, or which device a VMA maps. May import: numpy, `probes.wire`, `tracer`.
+turn to be written, and reads what stands behind the slot, or which device a VMA maps.
+May import: numpy, `probes.wire`, `tracer`.
 """
 
 from collections.abc import Iterator, Sequence

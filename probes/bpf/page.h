@@ -45,7 +45,7 @@ inline_fn void read_page(u64 pfn, struct page_state *ps)
 	u64 info;
 
 	__builtin_memset(ps, 0, sizeof(*ps));
-	if (pfn >> 40)	/* an error value, not a frame number */
+	if (pfn >> 40) /* an error value, not a frame number */
 		return;
 	if (bpf_probe_read_kernel(words, sizeof(words), (void *)page))
 		return;

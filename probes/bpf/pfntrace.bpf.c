@@ -12,8 +12,8 @@
 #include "state.h"
 #include "page.h"
 
-#define PRESENT (1ULL << 11)	/* SPTE_MMU_PRESENT_MASK, arch/x86/kvm/mmu/spte.h */
-#define LARGE (1ULL << 7)	/* PT_PAGE_SIZE_MASK */
+#define PRESENT (1ULL << 11) /* SPTE_MMU_PRESENT_MASK, arch/x86/kvm/mmu/spte.h */
+#define LARGE (1ULL << 7)    /* PT_PAGE_SIZE_MASK */
 #define ENTRIES 512
 
 /* ------------------------------------------------------------------ */
@@ -30,7 +30,7 @@ BPF_HASH(vm_ids, u32, u64, 65536);
 BPF_TABLE("lru_hash", u32, struct thread_state, threads, 16384);
 BPF_PERCPU_ARRAY(blank, struct thread_state, 1);
 BPF_TABLE("lru_hash", u64, u32, slots, 16384);
-BPF_TABLE("lru_hash", u64, u64, table_kvm, 65536);	/* shadow page table -> struct kvm */
+BPF_TABLE("lru_hash", u64, u64, table_kvm, 65536); /* shadow page table -> struct kvm */
 BPF_PERCPU_ARRAY(counts, struct kind_counts, KIND_MAX);
 BPF_PERCPU_ARRAY(seqs, u32, 1);
 BPF_ARRAY(pages, struct page_chunk, V_PAGE_CHUNKS);
@@ -294,7 +294,7 @@ inline_fn int move_pages(u64 pfn, u32 order, u64 from, u64 to, u32 *vm)
 	if (order < 3)
 		return word != 0;
 #pragma clang loop unroll(disable)
-	for (i = 1; i < 256; i++) {	/* MAX_PAGE_ORDER 10 */
+	for (i = 1; i < 256; i++) { /* MAX_PAGE_ORDER 10 */
 		if (i >= 1U << (order - 2))
 			break;
 		w = (u64 *)&c->w[(at + i * 4) & (PAGE_CHUNK - 4)];
@@ -369,7 +369,8 @@ inline_fn void finish_event(void *ctx, struct pending *p)
 		read_page(e->pfn, &e->page);
 	if (p->flags & PENDING_MARK)
 		mark_mapped(e->pfn, e->level, e->h.vm);
-	emit_event(ctx, e, p->kind, p->op, p->flags & PENDING_WAKE ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
+	emit_event(ctx, e, p->kind, p->op,
+		   p->flags & PENDING_WAKE ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 }
 
 /*
@@ -856,7 +857,7 @@ int kp_spte(struct pt_regs *ctx)
 
 	if (old == new || !armed_config() || bits_by_tracepoint(thread_find()))
 		return 0;
-#if HAVE_changed_sp	/* the second argument is struct kvm_mmu_page since 7.x */
+#if HAVE_changed_sp /* the second argument is struct kvm_mmu_page since 7.x */
 	as_id = PEEK(u32, ctx->si + O_sp_role) >> V_role_smm_shift & 1;
 #endif
 	if (leaf_event(ctx->di, ctx->dx, old, new, ctx->r9, as_id, 0, MMU_TDP, 0))
@@ -944,8 +945,8 @@ int kr_set_spte(struct pt_regs *ctx)
 	sptep = st->set_sptep;
 	st->set_sptep = 0;
 	new = PEEK(u64, sptep);
-	if (new != st->set_old && shadow_leaf(st->kvm, sptep, st->set_old, new, MMU_SHADOW,
-					      st->set_prefetch ? CAUSE_PREFETCH : 0))
+	if (new != st->set_old &&shadow_leaf(st->kvm, sptep, st->set_old, new, MMU_SHADOW,
+					     st->set_prefetch ? CAUSE_PREFETCH : 0))
 		send_event(ctx);
 	return 0;
 }
@@ -979,7 +980,7 @@ int kp_update_spte(struct pt_regs *ctx)
 		return 0;
 	st = thread_find();
 	if (st && st->set_sptep == ctx->di)
-		return 0;	/* mmu_set_spte() reports it */
+		return 0; /* mmu_set_spte() reports it */
 	old = PEEK(u64, ctx->di);
 	if (old == ctx->si)
 		return 0;
@@ -1056,20 +1057,19 @@ inline_fn int on_release(u32 call, u64 pfn)
 	return 1;
 }
 
-#define RELEASE_PFN(name, call)                                                \
-	int kp_##name(struct pt_regs *ctx)                                     \
-	{                                                                      \
-		if (on_release(call, ctx->di))                                 \
-			send_event(ctx);                                       \
-		return 0;                                                      \
+#define RELEASE_PFN(name, call)                \
+	int kp_##name(struct pt_regs *ctx)     \
+	{                                      \
+		if (on_release(call, ctx->di)) \
+			send_event(ctx);       \
+		return 0;                      \
 	}
-#define RELEASE_PAGE(name, call)                                               \
-	int kp_##name(struct pt_regs *ctx)                                     \
-	{                                                                      \
-		if (is_page_pointer(ctx->di) &&                                \
-		    on_release(call, page_pfn(ctx->di)))                       \
-			send_event(ctx);                                       \
-		return 0;                                                      \
+#define RELEASE_PAGE(name, call)                                                     \
+	int kp_##name(struct pt_regs *ctx)                                           \
+	{                                                                            \
+		if (is_page_pointer(ctx->di) && on_release(call, page_pfn(ctx->di))) \
+			send_event(ctx);                                             \
+		return 0;                                                            \
 	}
 
 #if HAVE_release_pfn
@@ -1119,13 +1119,13 @@ inline_fn struct thread_state *reason_enter(struct config *cfg, u64 kvm, u32 cau
 	return st;
 }
 
-#define REASON(name, cause, vm)                                                \
-	int kp_reason_##name(struct pt_regs *ctx)                              \
-	{                                                                      \
-		struct config *cfg = armed_config();                           \
-		if (cfg)                                                       \
-			reason_enter(cfg, vm, cause);                          \
-		return 0;                                                      \
+#define REASON(name, cause, vm)                       \
+	int kp_reason_##name(struct pt_regs *ctx)     \
+	{                                             \
+		struct config *cfg = armed_config();  \
+		if (cfg)                              \
+			reason_enter(cfg, vm, cause); \
+		return 0;                             \
 	}
 
 REASON(slot, CAUSE_SLOT, ctx->di)
@@ -1374,7 +1374,7 @@ int kp_gpc(struct pt_regs *ctx)
 {
 #if V_gpc_arg == 0
 	pin_enter(PEEK(u64, ctx->di + O_gpc_kvm), ctx->di);
-#else	/* 6.1: kvm_gfn_to_pfn_cache_refresh(kvm, gpc, ...) */
+#else /* 6.1: kvm_gfn_to_pfn_cache_refresh(kvm, gpc, ...) */
 	pin_enter(ctx->di, ctx->si);
 #endif
 	return 0;
@@ -1389,8 +1389,8 @@ int kr_gpc(struct pt_regs *ctx)
 		return 0;
 	gpc = st->pin_what;
 	st->pin_what = 0;
-	on_pin(ctx, st->pin_who, -1, PEEK(u64, gpc + O_gpc_gpa) >> 12,
-	       PEEK(u64, gpc + O_gpc_pfn), PEEK(u64, gpc + O_gpc_uhva), ctx->ax, OP_REFRESH);
+	on_pin(ctx, st->pin_who, -1, PEEK(u64, gpc + O_gpc_gpa) >> 12, PEEK(u64, gpc + O_gpc_pfn),
+	       PEEK(u64, gpc + O_gpc_uhva), ctx->ax, OP_REFRESH);
 	return 0;
 }
 #endif
@@ -1415,8 +1415,11 @@ int kp_commit_slot(struct pt_regs *ctx)
 	else
 		slots.update(&slot, &one);
 	p = pending_event(KIND_SLOT,
-			  change == 0 ? OP_CREATE : change == 1 ? OP_DELETE :
-			  change == 2 ? OP_MOVE : OP_FLAGS, ctx->di);
+			  change == 0 ? OP_CREATE :
+			  change == 1 ? OP_DELETE :
+			  change == 2 ? OP_MOVE :
+					OP_FLAGS,
+			  ctx->di);
 	if (!p)
 		return 0;
 	p->flags = PENDING_WAKE;
@@ -1440,7 +1443,7 @@ int kp_create_vm(struct pt_regs *ctx)
 
 	if (!cfg)
 		return 0;
-	vms.delete(&kvm);	/* an address is reused; a VM number is not */
+	vms.delete(&kvm); /* an address is reused; a VM number is not */
 	vm = vm_of(cfg, kvm);
 	if (!vm)
 		return 0;

@@ -25,11 +25,11 @@ struct pt_regs {
 };
 
 /* Reads one value of type T at address P; zero where the kernel refuses. */
-#define PEEK(T, P)                                                             \
-	({                                                                     \
-		T v_ = 0;                                                      \
-		bpf_probe_read_kernel(&v_, sizeof(v_), (const void *)(P));     \
-		v_;                                                            \
+#define PEEK(T, P)                                                         \
+	({                                                                 \
+		T v_ = 0;                                                  \
+		bpf_probe_read_kernel(&v_, sizeof(v_), (const void *)(P)); \
+		v_;                                                        \
 	})
 
 /* 7th and later arguments are on the stack, above the return address. */

@@ -114,7 +114,10 @@ class Boots:
             kernel=boot.kernel,
             out=out,
             options=RunOptions(
-                npt="on" if boot.npt else "off", device=boot.device, append=boot.append, timeout_s=900
+                npt="on" if boot.npt else "off",
+                device=boot.device,
+                append=boot.append,
+                timeout_s=900,
             ),
             stdout=lambda data: _say(name, data),
         )

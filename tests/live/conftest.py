@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.live.boots import Boots, Evidence
+from live.boots import Boots, Evidence
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,14 @@ Given KVM's selftests in a real guest, when recorded, then the trace agrees page
 the test touched, with KVM's own statistics and with ftrace's counts of the same run.
 """
 
+import itertools
 import json
 import re
 
 import polars as pl
 import pytest
 
-from tests.live.boots import BOOTS, Evidence
+from live.boots import BOOTS, Evidence
 
 pytestmark = pytest.mark.lab
 
@@ -120,9 +121,7 @@ def test_no_install_without_a_zap_once_the_vm_is_gone(evidence: Evidence, run: s
     per_page = (
         of(records, "SPTE")
         .group_by("vm", "as_id", "mmu", "gfn", "level")
-        .agg(
-            installed=(pl.col("op") == "install").sum(), zapped=(pl.col("op") == "zap").sum()
-        )
+        .agg(installed=(pl.col("op") == "install").sum(), zapped=(pl.col("op") == "zap").sum())
     )
 
     # Then they are equal everywhere
@@ -155,7 +154,7 @@ def test_faults_carry_their_stages_in_order(evidence: Evidence, run: str) -> Non
     stages = ["t_faultin", "t_gup", "t_gup_end", "t_faultin_end", "t_map", "dur"]
 
     assert fixed.select(stages).null_count().row(0) == (0,) * len(stages)
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         assert (fixed[before].cast(pl.Int64) <= fixed[after].cast(pl.Int64)).all(), (before, after)
 
 
@@ -193,9 +192,7 @@ def test_nested_guests_show_pins_that_are_undone(evidence: Evidence) -> None:
     pins = of(evidence.records("nested"), "PIN")
 
     assert pins.filter(pl.col("op") == "map").height > 0
-    assert (
-        pins.filter(pl.col("op") == "map").height == pins.filter(pl.col("op") == "unmap").height
-    )
+    assert pins.filter(pl.col("op") == "map").height == pins.filter(pl.col("op") == "unmap").height
 
 
 @each_kernel

@@ -23,6 +23,7 @@ ANALYSIS_MAY_IMPORT = {
     "probes.errors",
     "probes.facts",
     "probes.wire",
+    "tracer.describe",
     "tracer.dump",
     "tracer.schema",
     "tracer.tracefile",

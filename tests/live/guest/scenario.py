@@ -36,9 +36,7 @@ def step(name: str, argv: list[str], timeout_s: float = 300, **more: object) -> 
     return keep(name, done.returncode, done.stdout, done.stderr, began, **more)
 
 
-def keep(
-    name: str, status: int, stdout: str, stderr: str, began: float, **more: object
-) -> dict:
+def keep(name: str, status: int, stdout: str, stderr: str, began: float, **more: object) -> dict:
     result = {
         "status": status,
         "stdout": stdout,
@@ -222,7 +220,7 @@ def killed() -> None:
         if n < 2:  # while it compiles and attaches
             process = subprocess.Popen(
                 ["pfntrace", "record", "-o", str(OUT / f"{name}.pfnt"), *flood],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
             time.sleep(4 + 5 * n)
         else:
