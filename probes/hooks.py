@@ -35,6 +35,8 @@ class Tracepoint:
     event: str
     without: str
     required: bool = False
+    #: has a second program `raw_tracepoint__<event>_again` for calls inside the first.
+    again: bool = False
 
 
 _REASON = "SPTE changes made by it carry the cause 'other'"
@@ -252,8 +254,8 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 TRACEPOINTS: tuple[Tracepoint, ...] = (
-    Tracepoint("page_free", "mm_page_free", "frees of guest pages cannot be seen"),
-    Tracepoint("page_alloc", "mm_page_alloc", "reuse of guest pages cannot be seen"),
+    Tracepoint("page_free", "mm_page_free", "frees of guest pages cannot be seen", again=True),
+    Tracepoint("page_alloc", "mm_page_alloc", "reuse of guest pages cannot be seen", again=True),
     Tracepoint(
         "tdp_spte_changed",
         "kvm_tdp_mmu_spte_changed",

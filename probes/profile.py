@@ -358,9 +358,10 @@ def choose_profile(facts: KernelFacts, *, attach: str = "auto") -> KernelProfile
     for tracepoint in TRACEPOINTS:
         if tracepoint.event in facts.tracepoints:
             program = f"raw_tracepoint__{tracepoint.event}"
-            attachments.append(
-                Attachment(tracepoint.name, tracepoint.event, program, "raw_tracepoint")
-            )
+            for name in (program, f"{program}_again")[: 1 + tracepoint.again]:
+                attachments.append(
+                    Attachment(tracepoint.name, tracepoint.event, name, "raw_tracepoint")
+                )
             choices[tracepoint.name] = HookChoice(
                 tracepoint.name, (tracepoint.event,), "raw_tracepoint"
             )

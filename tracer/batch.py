@@ -66,10 +66,11 @@ def take(rings: Sequence[Ring], watermark: int, most: int = TAKE_MAX) -> Taken:
     taken: list[tuple[Ring, int]] = []
     more = False
     for ring in rings:
-        slots = ring.peek()
-        if len(slots) > most:
-            slots, more = slots[:most], True
+        ready = ring.peek()
+        slots = ready[:most]
         count = take_until(slots, watermark)
+        # Young records that wait are no reason to come back at once: only the bound is.
+        more |= count == len(slots) < len(ready)
         if count:
             parts.setdefault(ring.kind, []).append(ring.records(slots[:count]))
             taken.append((ring, count))

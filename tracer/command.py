@@ -36,16 +36,16 @@ class Command:
 
     def start(self) -> None:
         """Let the command run. Raises CommandError if it cannot be executed."""
-        os.write(self._go, b"g")
+        # Killed while it waited: `poll` will say how.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._go, b"g")
         os.close(self._go)
         code = os.read(self._failed, 16)
         os.close(self._failed)
         if code:
             self.status = 127
             os.waitpid(self.pid, 0)
-            raise CommandError(
-                f"{self.argv[0]}: {os.strerror(int(code))}; the trace holds nothing of it"
-            )
+            raise CommandError(f"{self.argv[0]}: {os.strerror(int(code))}; nothing was recorded")
 
     def poll(self) -> int | None:
         """Return the exit status once the command has ended (128 + N after signal N)."""
@@ -66,6 +66,7 @@ class Command:
         """Give up a command that was never started."""
         with contextlib.suppress(OSError):
             os.close(self._go)
+            os.close(self._failed)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
@@ -78,8 +79,11 @@ def _become(argv: tuple[str, ...], go: int, failed: int) -> None:
         word = os.read(go, 1)
         if not word:
             os._exit(0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Python ignores the last two, and what is ignored stays so across exec.
+        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
         os.execvp(argv[0], argv)
     except OSError as err:
         os.write(failed, str(err.errno or errno.EIO).encode())
-    os._exit(127)
+    finally:
+        os._exit(127)

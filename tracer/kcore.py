@@ -29,6 +29,8 @@ def read_symbols(
     try:
         with kcore.open("rb", buffering=0) as core:
             header = _EHDR.unpack(core.read(_EHDR.size))
+            if not header[0].startswith(b"\x7fELF\x02\x01"):
+                raise HostError(f"{kcore} is not a 64-bit ELF core file")
             core.seek(header[5])
             raw = core.read(_PHDR.size * header[10])
             segments = [s for s in _PHDR.iter_unpack(raw) if s[0] == _PT_LOAD]
@@ -36,8 +38,10 @@ def read_symbols(
                 for _, _, offset, vaddr, _, _, size, _ in segments:
                     if vaddr <= address < vaddr + size:
                         core.seek(offset + address - vaddr)
-                        values[name] = int.from_bytes(core.read(sizes[name]), "little")
+                        word = core.read(sizes[name])
+                        if len(word) == sizes[name]:
+                            values[name] = int.from_bytes(word, "little")
                         break
-    except (OSError, struct.error) as err:
+    except (OSError, OverflowError, struct.error) as err:
         raise HostError(f"{kcore} cannot be read: {err}") from err
     return values

@@ -171,6 +171,9 @@ class KernelSide:
             bpf.attach_kretfunc(fn_name=program.encode())
         else:
             bpf.attach_raw_tracepoint(tp=symbol.encode(), fn_name=program.encode())
+            # bcc keeps one program per tracepoint: file it under its own name.
+            attached = bpf.raw_tracepoint_fds
+            attached[program.encode()] = attached.pop(symbol.encode())
 
     def arm(self, *, armed: bool = True) -> None:
         """Let the programs write, or stop them; every program tests this first."""
@@ -199,16 +202,24 @@ class KernelSide:
     def missed(self) -> dict[str, int]:
         """Return program -> calls that the kernel did not run it for, where there were any.
 
-        The kernel refuses to run a program inside itself and counts that (recursion_misses,
+        Calls that a second program took over are not missed. The kernel refuses to run a program inside itself and counts that (recursion_misses,
         kernel/bpf/syscall.c, bpf_prog_show_fdinfo()).
         """
         found = {}
         for name, program in self._bpf.funcs.items():
             text = Path(f"/proc/self/fdinfo/{program.fd}").read_text()
             match = re.search(r"^recursion_misses:\s*(\d+)", text, re.M)
-            if match and int(match[1]):
-                found[name.decode()] = int(match[1])
-        return found
+            if match and not name.endswith(b"_again"):
+                found[name.decode()] = int(match[1]) - self._rescued(name.decode())
+        return {name: count for name, count in found.items() if count > 0}
+
+    def _rescued(self, program: str) -> int:
+        """Return how many missed calls of a program its second one took over."""
+        events = ("mm_page_free", "mm_page_alloc")
+        event = program.removeprefix("raw_tracepoint__")
+        if event not in events:
+            return 0
+        return sum(c.rescued for c in self._bpf["page_calls"][ctypes.c_int(events.index(event))])
 
     def vms(self) -> list[VmEntry]:
         """Return the VMs that are in the programs' table now."""

@@ -77,7 +77,7 @@ def _preempt(version: str, config: dict[str, str]) -> str:
         return "full"
     if "PREEMPT_DYNAMIC" in version:
         return ""  # debugfs would say it, and is closed
-    return "full" if re.search(r"\bPREEMPT\b", version) else "voluntary"
+    return "full" if re.search(r"\bPREEMPT(_RT)?\b", version) else "voluntary"
 
 
 def _config(release: str) -> dict[str, str]:
@@ -133,7 +133,7 @@ def _bcc() -> dict[str, Any]:
     if spec is None:
         other = importlib.util.find_spec("bcc")
         problem = "not installed"
-        if other is not None:
+        if other is not None and other.origin:  # a mere folder of that name has none
             problem = f"{other.origin} is PyPI's unrelated package of that name"
         return {"bcc_problem": problem}
     folder = Path(spec.origin).parent
@@ -249,6 +249,7 @@ def observe() -> KernelFacts:
         except HostError as err:
             notes.append(str(err))
     config = _config(release)
+    found = {**_bcc(), **_btf(notes)}
     return KernelFacts(
         release=release,
         version=_read("/proc/version"),
@@ -272,6 +273,5 @@ def observe() -> KernelFacts:
         kcore=kcore_ok,
         python=f"{platform.python_version()} ({sys.executable})",
         notes=tuple(notes),
-        **_bcc(),
-        **_btf(notes),
+        **found,
     )

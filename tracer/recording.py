@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from probes.errors import HostError, OutputError, PfntraceError, UsageError
+from probes.errors import CommandError, HostError, OutputError, PfntraceError, UsageError
 from probes.facts import KernelFacts
 from probes.profile import KernelProfile, choose_profile
 from tracer.command import Command
@@ -80,8 +80,11 @@ def record_to(
     say(f"pfntrace: recording to {path} ({armed})" + ("" if command else "; Ctrl-C ends it"))
     try:
         outcome = recorder.run(writer, child, started, show)
-    except PfntraceError:
+    except PfntraceError as err:
         recorder.abandon()
+        if isinstance(err, CommandError):
+            writer.abandon()
+            path.unlink(missing_ok=True)
         raise
     status = (child.status or 0) if child is not None and outcome.why == "command" else 0
     return path, outcome, status
@@ -89,7 +92,7 @@ def record_to(
 
 def process_start() -> float:
     """Return when this process began, on time.monotonic()'s clock (s)."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    ticks = int(Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - age
 
@@ -97,7 +100,11 @@ def process_start() -> float:
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError if the trace could not be created, before anything slow is done."""
     folder = path.parent
-    if path.exists() and not overwrite:
+    try:
+        exists = path.exists()
+    except OSError as err:
+        raise OutputError(f"{path}: {err.strerror}; choose another name with -o") from err
+    if exists and not overwrite:
         raise OutputError(f"{path} exists: choose another name with -o, or overwrite with --force")
     if not folder.is_dir():
         raise OutputError(f"{folder} is not a folder: choose another place with -o")
@@ -109,7 +116,10 @@ def _named_after(options: RecordOptions, command: Sequence[str], child: Command 
     if child is not None:
         return default_output(Path(command[0]).name, child.pid)
     if len(options.pids) == 1:
-        comm = Path(f"/proc/{options.pids[0]}/comm").read_text().strip()
+        try:
+            comm = Path(f"/proc/{options.pids[0]}/comm").read_text(errors="replace").strip()
+        except OSError:
+            raise UsageError(f"--vm {options.pids[0]}: no such process") from None
         return default_output(comm, options.pids[0])
     return default_output("host", os.getpid())
 

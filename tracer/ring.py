@@ -69,7 +69,7 @@ class Ring:
     def __init__(self, kind: str, header: NDArray[np.uint64], produced: NDArray[np.uint64],
                  data: NDArray[np.uint8], size: int) -> None:  # fmt: skip
         """Use `data` of 2 x `size` bytes; `kind` is "faults" or "events"."""
-        if size & (size - 1) or len(data) != 2 * size:
+        if size <= 0 or size & (size - 1) or len(data) != 2 * size:
             raise ValueError("a ring's size is a power of two, its data mapped twice")
         self.kind = kind
         self.size = size

@@ -129,7 +129,8 @@ class Recorder:
         self._writer: TraceWriter
         self._kernel = kernel or KernelSide(profile, settings)
         self._rings: list[MappedRing] = []
-        self._poll = select.poll()
+        # Edge-triggered: a ring is readable as long as one record waits in it, and some always do.
+        self._poll = select.epoll()
         self._slots = SlotWatch()
         self._stacks: set[int] = set()
         self._written: dict[str, int] = {}
@@ -149,7 +150,7 @@ class Recorder:
         self._rings = map_rings(self._kernel.ring_fds(), sizes)
         for ring in self._rings:
             if ring.kind == "events":
-                self._poll.register(ring.fd, select.POLLIN)
+                self._poll.register(ring.fd, select.EPOLLIN | select.EPOLLET)
 
     def run(
         self,
@@ -201,12 +202,14 @@ class Recorder:
         next_drain = time.monotonic() + DRAIN_S
         next_count = next_drain
         while True:
-            self._poll.poll(TICK_S * 1000)
+            self._poll.poll(TICK_S)
+            # Set before the look, so that no record is taken that was not looked at.
+            watermark = time.monotonic_ns() - HOLDBACK_NS
             self._watch_slots()
             why = self._stop_reason(command, kvm)
             now = time.monotonic()
             if why or now >= next_drain or self._fill() > HURRY:
-                self._drain(time.monotonic_ns() - HOLDBACK_NS)
+                self._drain(watermark)
                 next_drain = time.monotonic() + DRAIN_S
             if now >= next_count:
                 next_count = now + 1.0
@@ -348,6 +351,7 @@ class Recorder:
             if not outcome.problem:
                 raise
         finally:
+            self._poll.close()
             for ring in self._rings:
                 ring.close()
             self._kernel.close()
@@ -373,6 +377,7 @@ def summary_of(outcome: Outcome, written: dict[str, int]) -> dict[str, Any]:
         "armed_after_s": round(outcome.armed_after_s, 3),
         "kinds": written,
         "records": outcome.records,
+        "produced": outcome.produced,
         "lost": outcome.lost,
         "filtered": outcome.filtered,
         "counts": {kind: c._asdict() for kind, c in outcome.counts.items()},

@@ -21,7 +21,8 @@ def parse_smaps(text: str, ranges: list[tuple[int, int]]) -> list[dict[str, Any]
     """
     found: list[dict[str, Any]] = []
     wanted: dict[str, Any] | None = None
-    for line in text.splitlines():
+    # The kernel escapes a line feed in a path, and nothing else that splitlines() splits at.
+    for line in text.split("\n"):
         head = _HEAD.match(line)
         if head:
             start, end = int(head[1], 16), int(head[2], 16)
@@ -46,7 +47,7 @@ def read_vmas(
 ) -> tuple[list[dict[str, Any]], str]:
     """Return (VMAs, why there are none) of a process; never raises."""
     try:
-        text = (proc / str(pid) / "smaps").read_text(errors="replace")
+        text = (proc / str(pid) / "smaps").read_bytes().decode(errors="replace")
     except ProcessLookupError:
         return [], "the process ended before its mappings could be read"
     except FileNotFoundError:

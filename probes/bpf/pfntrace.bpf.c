@@ -35,6 +35,7 @@ BPF_PERCPU_ARRAY(counts, struct kind_counts, KIND_MAX);
 BPF_PERCPU_ARRAY(seqs, u32, 1);
 BPF_ARRAY(pages, struct page_chunk, V_PAGE_CHUNKS);
 BPF_PERCPU_ARRAY(pendings, struct pending, 1);
+BPF_PERCPU_ARRAY(page_calls, struct page_call, 2);
 BPF_PROG_ARRAY(tails, 1);
 #if WANT_STACKS
 BPF_STACK_TRACE(stacks, 16384);
@@ -1282,16 +1283,51 @@ inline_fn void on_page(void *ctx, u64 page, u32 order, u32 kind)
 	emit_event(ctx, &e, kind, OP_NONE, RB_NO_WAKEUP);
 }
 
-/* kmem:mm_page_free(page, order), kmem:mm_page_alloc(page, order, gfp_flags, migratetype) */
+/*
+ * kmem:mm_page_free(page, order), kmem:mm_page_alloc(page, order, gfp_flags,
+ * migratetype).  The kernel does not run a program inside itself, so a page
+ * freed by an interrupt during the program would be missed.  Each tracepoint
+ * therefore has a second program, which runs after the first and does the work
+ * when the first is at work further out on this cpu.  `rescued` says how many
+ * of the first one's missed calls were not lost.
+ */
+inline_fn void page_call(struct bpf_raw_tracepoint_args *ctx, u32 kind, int again)
+{
+	int slot = kind == KIND_PAGE_FREE ? 0 : 1;
+	struct page_call *call = page_calls.lookup(&slot);
+
+	if (!call || (again && !call->running))
+		return;
+	if (again)
+		call->rescued++;
+	else
+		call->running = 1;
+	on_page(ctx, ctx->args[0], ctx->args[1], kind);
+	if (!again)
+		call->running = 0;
+}
+
 int raw_tracepoint__mm_page_free(struct bpf_raw_tracepoint_args *ctx)
 {
-	on_page(ctx, ctx->args[0], ctx->args[1], KIND_PAGE_FREE);
+	page_call(ctx, KIND_PAGE_FREE, 0);
+	return 0;
+}
+
+int raw_tracepoint__mm_page_free_again(struct bpf_raw_tracepoint_args *ctx)
+{
+	page_call(ctx, KIND_PAGE_FREE, 1);
 	return 0;
 }
 
 int raw_tracepoint__mm_page_alloc(struct bpf_raw_tracepoint_args *ctx)
 {
-	on_page(ctx, ctx->args[0], ctx->args[1], KIND_PAGE_ALLOC);
+	page_call(ctx, KIND_PAGE_ALLOC, 0);
+	return 0;
+}
+
+int raw_tracepoint__mm_page_alloc_again(struct bpf_raw_tracepoint_args *ctx)
+{
+	page_call(ctx, KIND_PAGE_ALLOC, 1);
 	return 0;
 }
 

@@ -72,6 +72,13 @@ struct pending {
 #define PENDING_CAUSE 8 /* e.cause: the thread's reason if none is given */
 #define PENDING_WAKE 16 /* the recorder must look at once */
 
+/* One page tracepoint on one cpu: see page_call(). */
+struct page_call {
+	u64 rescued;
+	u32 running;
+	u32 pad;
+};
+
 /* Two bytes for every page of the host: its state in bits 1:0, above it the last VM. */
 #define PAGE_CHUNK 4096
 struct page_chunk {
