@@ -64,7 +64,7 @@ test: .venv/.installed ## check, then every lab test on all three kernels (build
 	@PFNTRACE_REQUIRE=cc $(MAKE) check
 	@$(MAKE) lab
 	@$(call say,lab tests: pytest (each boots a kernel))
-	@PFNTRACE_REQUIRE=lab,cc $(BIN)/python -m pytest -v -m lab --durations=10 \
+	@PFNTRACE_REQUIRE=lab,cc $(BIN)/python -m pytest -v --capture=no -m lab --durations=10 \
 		$(wildcard tests/live) tests/lab
 
 lab: ## build the lab: root file system, three kernels, workloads (cached)

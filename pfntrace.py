@@ -40,7 +40,16 @@ def _say(line: str) -> None:
 
 
 def _out(line: str) -> None:
-    print(line)
+    try:
+        print(line)
+    except BrokenPipeError:
+        # Not an error: the reader has seen enough (`| head`). Click would make it one.
+        _drop_stdout()
+        raise SystemExit(0) from None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)
@@ -127,7 +136,7 @@ def record(
     options = RecordOptions(
         pids=tuple(vm or ()),
         duration_s=duration,
-        gfns=_parse_gfns(gfn) if gfn else None,
+        gfns=_parse_gfns(gfn) if gfn is not None else None,
         stacks=stacks,
         buffer_bytes=int(buffer_size * (1 << 20)),
         max_bytes=int(max_size * (1 << 20)) if max_size is not None else None,
@@ -270,7 +279,7 @@ def dump(
     from tracer.tracefile import TraceReader
 
     printer = dump_json if as_json else dump_lines
-    gfns = _parse_gfns(gfn) if gfn else None
+    gfns = _parse_gfns(gfn) if gfn is not None else None
     for line in printer(TraceReader(file), kind or None, gfns, limit):
         _out(line)
 
@@ -291,12 +300,14 @@ def main() -> None:
     except PfntraceError as err:
         _say(f"pfntrace: {err}")
         raise SystemExit(err.exit_code) from None
-    except BrokenPipeError:
-        # The reader of our output left (`| head`): not an error; keep Python from saying so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        # Python's own last flush would complain of a reader that left.
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_stdout()
 
 
 if __name__ == "__main__":

@@ -269,41 +269,57 @@ inline_fn u32 move_page(struct page_chunk *c, u32 at, u32 from, u32 to)
 	return word;
 }
 
+/* The first lane of a word of four pages that has a bit of `hits`. */
+inline_fn u32 lane_of(u64 word, u64 hits)
+{
+	if (hits & 0xffff)
+		return word & 0xffff;
+	if (hits & 0xffff0000)
+		return word >> 16 & 0xffff;
+	if (hits & 0xffff00000000)
+		return word >> 32 & 0xffff;
+	return word >> 48;
+}
+
 /*
  * The same for a block of 2^order pages: false if none of them moved.  `vm` is
- * that of one of the first four.  A buddy block is aligned to its size, so it
+ * that of one of those that did.  A buddy block is aligned to its size, so it
  * lies within one chunk.  From order 2 on whole words belong to the block: no
- * other cpu writes to them, and the loop has no branch that would multiply
- * the verifier's paths.
+ * other cpu writes to them, and the loop selects with masks, since a branch
+ * would multiply the verifier's paths.
  */
 inline_fn int move_pages(u64 pfn, u32 order, u64 from, u64 to, u32 *vm)
 {
-	u32 chunk = pfn / PAGE_CHUNK, at = pfn % PAGE_CHUNK, i, word;
+	u32 chunk = pfn / PAGE_CHUNK, at = pfn % PAGE_CHUNK, i, lane;
 	struct page_chunk *c = pages.lookup(&chunk);
-	u64 hits = 0, hit, *w;
+	u64 hits = 0, word = 0, hit, any, *w;
 
 	if (!c)
 		return 0;
-	word = move_page(c, at, from, to);
-	if (order > 0)
-		word |= move_page(c, at + 1, from, to);
-	if (order > 1) {
-		word |= move_page(c, at + 2, from, to);
-		word |= move_page(c, at + 3, from, to);
+	lane = move_page(c, at, from, to);
+	if (order == 1)
+		lane |= move_page(c, at + 1, from, to);
+	if (order < 2) {
+		*vm = lane >> PAGE_VM_SHIFT;
+		return lane != 0;
 	}
-	*vm = word >> PAGE_VM_SHIFT;
-	if (order < 3)
-		return word != 0;
+	if (lane) {
+		hits = from;
+		word = lane;
+	}
 #pragma clang loop unroll(disable)
-	for (i = 1; i < 256; i++) { /* MAX_PAGE_ORDER 10 */
+	for (i = 0; i < 256; i++) { /* MAX_PAGE_ORDER 10 */
 		if (i >= 1U << (order - 2))
 			break;
 		w = (u64 *)&c->w[(at + i * 4) & (PAGE_CHUNK - 4)];
 		hit = *w & from * PAGE_LANES;
-		hits |= hit;
+		any = 0 - ((hit | (0 - hit)) >> 63); /* all ones if there was a hit */
+		hits = (hit & any) | (hits & ~any);
+		word = (*w & any) | (word & ~any);
 		*w = (*w & ~hit) | (to ? hit << 1 : 0);
 	}
-	return word || hits;
+	*vm = lane_of(word, hits) >> PAGE_VM_SHIFT;
+	return hits != 0;
 }
 
 /* ------------------------------------------------------------------ */
@@ -1288,23 +1304,22 @@ inline_fn void on_page(void *ctx, u64 page, u32 order, u32 kind)
  * migratetype).  The kernel does not run a program inside itself, so a page
  * freed by an interrupt during the program would be missed.  Each tracepoint
  * therefore has a second program, which runs after the first and does the work
- * when the first is at work further out on this cpu.  `rescued` says how many
- * of the first one's missed calls were not lost.
+ * if the first was skipped: then the page that the first saw last on this cpu
+ * is another one.  `rescued` says how many of the first one's missed calls were
+ * not lost.
  */
 inline_fn void page_call(struct bpf_raw_tracepoint_args *ctx, u32 kind, int again)
 {
 	int slot = kind == KIND_PAGE_FREE ? 0 : 1;
 	struct page_call *call = page_calls.lookup(&slot);
 
-	if (!call || (again && !call->running))
+	if (!call || (again && call->last == ctx->args[0]))
 		return;
 	if (again)
 		call->rescued++;
 	else
-		call->running = 1;
+		call->last = ctx->args[0];
 	on_page(ctx, ctx->args[0], ctx->args[1], kind);
-	if (!again)
-		call->running = 0;
 }
 
 int raw_tracepoint__mm_page_free(struct bpf_raw_tracepoint_args *ctx)

@@ -74,9 +74,8 @@ struct pending {
 
 /* One page tracepoint on one cpu: see page_call(). */
 struct page_call {
+	u64 last;
 	u64 rescued;
-	u32 running;
-	u32 pad;
 };
 
 /* Two bytes for every page of the host: its state in bits 1:0, above it the last VM. */

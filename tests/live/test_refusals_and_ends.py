@@ -4,6 +4,7 @@ import json
 
 import polars as pl
 import pytest
+
 from live.boots import Evidence
 
 pytestmark = pytest.mark.lab

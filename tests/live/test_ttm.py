@@ -2,9 +2,9 @@
 
 import polars as pl
 import pytest
-from live.boots import Evidence
 
 from analysis.report import report_lines
+from live.boots import Evidence
 
 pytestmark = pytest.mark.lab
 

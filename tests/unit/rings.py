@@ -1,19 +1,22 @@
-"""A BPF ring buffer in plain memory, laid out and written as the kernel does, for tests.
+"""BPF ring buffers in plain memory, laid out and written as the kernel does, for tests.
 
 fake = FakeRing("events", 4096)       a memfd: consumer page, producer page, data, data again
 fake.produce(records("SPTE", 3))      reserve, copy and commit; what does not fit is refused
 at = fake.reserve(record)             busy until fake.commit(at) or fake.discard(at)
+FakeKernel()                          all of a session's kernel side, over two such rings
 """
 
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 
 from probes import wire
+from tracer.kernel import Counts, KernelSide, VmEntry
 from tracer.ring import Ring
 
-__all__ = ("BUSY", "DISCARD", "FakeRing", "slot_bytes")
+__all__ = ("BUSY", "DISCARD", "FakeKernel", "FakeRing", "slot_bytes")
 
 #: kernel: BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BIT (include/uapi/linux/bpf.h)
 BUSY, DISCARD = 1 << 31, 1 << 30
@@ -92,3 +95,67 @@ class FakeRing:
         self.data[size + at : size + min(end, size)] = self.data[at : min(end, size)]
         if end > size:
             self.data[: end - size] = self.data[size:end]
+
+
+class FakeKernel(KernelSide):
+    """Counts as the programs do; `write` is a hook that fires, `calls` the verbs in order."""
+
+    def __init__(self, size: int = 1 << 16) -> None:
+        self.fakes = {kind: FakeRing(kind, size) for kind in ("faults", "events")}
+        self.totals = {kind: [Counts()] * 2 for kind in wire.KINDS[1:]}
+        self.calls: list[str] = []
+        self.armed = False
+        self.skipped: dict[str, int] = {}
+        self.known: list[VmEntry] = []
+        self.failed = [("gup", "hva_to_pfn", "refused")]
+        self.on_arm: Callable[[], None] = lambda: None
+        #: readable once, as a ring of the kernel is when somebody asked for a wake-up.
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def __del__(self) -> None:
+        os.close(self.wake)
+
+    def load(self) -> None:
+        self.calls.append("load")
+
+    def attach(self) -> None:
+        self.calls.append("attach")
+
+    def arm(self, *, armed: bool = True) -> None:
+        self.calls.append("arm" if armed else "disarm")
+        self.armed = armed
+        if armed:
+            self.on_arm()
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def ring_fds(self) -> list[tuple[str, int]]:
+        return [(kind, fake.fd) for kind, fake in self.fakes.items()]
+
+    def counts(self) -> dict[str, list[Counts]]:
+        return self.totals
+
+    def missed(self) -> dict[str, int]:
+        return self.skipped
+
+    def vms(self) -> list[VmEntry]:
+        return self.known
+
+    def stack(self, stack_id: int) -> list[str]:
+        return [f"frame{stack_id}", "asm_exc_page_fault"]
+
+    def count(self, kind: str, **more: int) -> None:
+        """Add to the counters of one kind, on the last cpu."""
+        last = self.totals[kind][-1]
+        changed = {name: getattr(last, name) + value for name, value in more.items()}
+        self.totals[kind] = [*self.totals[kind][:-1], last._replace(**changed)]
+
+    def write(self, made: np.ndarray, filtered: int = 0) -> None:
+        """Produce records: those filtered, those written, and the rest, for which no room is."""
+        if not self.armed:
+            return
+        kind = wire.KINDS[made["h"]["kind"][0]]
+        fake = self.fakes["faults" if kind == "FAULT" else "events"]
+        lost = len(made) - fake.produce(made)
+        self.count(kind, produced=len(made) + filtered, lost=lost, filtered=filtered)

@@ -13,13 +13,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from unit.records import meta, records
-from unit.rings import FakeRing
+from unit.rings import FakeKernel
 
-from probes import wire
 from probes.errors import CommandError, OutputError
 from tracer import session, slots
 from tracer.command import Command
-from tracer.kernel import Counts, KernelSide, Settings, VmEntry
+from tracer.kernel import Settings, VmEntry
 from tracer.ring import MappedRing
 from tracer.session import Outcome, Recorder, RecordOptions, ring_settings
 from tracer.tracefile import TraceReader, TraceWriter
@@ -27,80 +26,14 @@ from tracer.tracefile import TraceReader, TraceWriter
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 MIB = 1 << 20
-CPUS = 2
 
 
 def old(kind: str, count: int, age_ms: float = 1000, **fields) -> np.ndarray:
     """Return records whose last is at least so old."""
     made = records(kind, count, **fields)
-    made["h"]["ts"] += np.uint64(
-        time.monotonic_ns() - int(age_ms * 1e6) - int(made["h"]["ts"].max(initial=0))
-    )
+    ts = made["h"]["ts"].astype("i8")
+    made["h"]["ts"] = ts - ts.max(initial=0) + time.monotonic_ns() - int(age_ms * 1e6)
     return made
-
-
-class FakeKernel(KernelSide):
-    """Counts as the programs do; `write` is a hook that fires, `calls` the verbs in order."""
-
-    def __init__(self, size: int = 1 << 16) -> None:
-        self.fakes = {kind: FakeRing(kind, size) for kind in ("faults", "events")}
-        self.totals = {kind: [Counts()] * CPUS for kind in wire.KINDS[1:]}
-        self.calls: list[str] = []
-        self.armed = False
-        self.skipped: dict[str, int] = {}
-        self.known: list[VmEntry] = []
-        self.failed = [("gup", "hva_to_pfn", "refused")]
-        self.on_arm: Callable[[], None] = lambda: None
-        #: readable once, as a ring of the kernel is when somebody asked for a wake-up.
-        self.wake = os.eventfd(0, os.EFD_NONBLOCK)
-
-    def __del__(self) -> None:
-        os.close(self.wake)
-
-    def load(self) -> None:
-        self.calls.append("load")
-
-    def attach(self) -> None:
-        self.calls.append("attach")
-
-    def arm(self, *, armed: bool = True) -> None:
-        self.calls.append("arm" if armed else "disarm")
-        self.armed = armed
-        if armed:
-            self.on_arm()
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-    def ring_fds(self) -> list[tuple[str, int]]:
-        return [(kind, fake.fd) for kind, fake in self.fakes.items()]
-
-    def counts(self) -> dict[str, list[Counts]]:
-        return self.totals
-
-    def missed(self) -> dict[str, int]:
-        return self.skipped
-
-    def vms(self) -> list[VmEntry]:
-        return self.known
-
-    def stack(self, stack_id: int) -> list[str]:
-        return [f"frame{stack_id}", "asm_exc_page_fault"]
-
-    def count(self, kind: str, **more: int) -> None:
-        """Add to the counters of one kind, on the last cpu."""
-        last = self.totals[kind][-1]
-        changed = {name: getattr(last, name) + value for name, value in more.items()}
-        self.totals[kind] = [*self.totals[kind][:-1], last._replace(**changed)]
-
-    def write(self, made: np.ndarray, filtered: int = 0) -> None:
-        """Produce records: those filtered, those written, and the rest, for which no room is."""
-        if not self.armed:
-            return
-        kind = wire.KINDS[made["h"]["kind"][0]]
-        fake = self.fakes["faults" if kind == "FAULT" else "events"]
-        lost = len(made) - fake.produce(made)
-        self.count(kind, produced=len(made) + filtered, lost=lost, filtered=filtered)
 
 
 class FailingWriter(TraceWriter):
