@@ -139,10 +139,6 @@ def _fentry_refusal(facts: KernelFacts, hook: Hook, symbol: str) -> str:
         return "this bcc has no MODULE_KFUNC_PROBE"
     if symbol not in facts.functions:
         return "not in BTF"
-    if facts.preempt not in ("none", "voluntary"):
-        # Linux: bpf_trampoline's __bpf_prog_enter_recur() skips a program that is already active on
-        # the cpu; where programs are preempted, another task's call is such a one and is missed.
-        return "this kernel may preempt fentry programs, and then misses calls"
     count = len(facts.functions[symbol])
     if count > _FENTRY_ARGS_MAX:
         return f"{count} arguments, fentry takes {_FENTRY_ARGS_MAX}"
@@ -155,6 +151,12 @@ def _attach(facts: KernelFacts, hook: Hook, symbols: list[str], attach: str) -> 
     refusal = _fentry_refusal(facts, hook, symbols[0])
     if refusal:
         return HookChoice(hook.name, tuple(symbols), "kprobe", refusal)
+    if facts.preempt not in ("none", "voluntary"):
+        # Linux kernel/bpf/trampoline.c, __bpf_prog_enter_recur(): a program that is active on the
+        # cpu is skipped; where programs are preempted that is another task's call.
+        note = "this kernel may preempt fentry programs, and then misses calls"
+        how = "fentry" if attach == "fentry" else "kprobe"
+        return HookChoice(hook.name, tuple(symbols), how, note)
     return HookChoice(hook.name, tuple(symbols), "fentry")
 
 

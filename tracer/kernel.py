@@ -202,8 +202,9 @@ class KernelSide:
     def missed(self) -> dict[str, int]:
         """Return program -> calls that the kernel did not run it for, where there were any.
 
-        Calls that a second program took over are not missed. The kernel refuses to run a program inside itself and counts that (recursion_misses,
-        kernel/bpf/syscall.c, bpf_prog_show_fdinfo()).
+        Calls that a second program took over are not missed. The kernel refuses to run a program
+        inside itself and counts that (recursion_misses, kernel/bpf/syscall.c,
+        bpf_prog_show_fdinfo()).
         """
         found = {}
         for name, program in self._bpf.funcs.items():

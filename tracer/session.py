@@ -29,7 +29,7 @@ __all__ = ("Outcome", "Progress", "RecordOptions", "Recorder", "ring_settings")
 #: A record younger than this stays in its ring: another cpu may still write an older one.
 HOLDBACK_NS = 100_000_000
 #: Between two drains; with the holdback it bounds what a SIGKILL can take.
-DRAIN_S = 0.5
+DRAIN_S = 0.4
 #: How often the rings' fill and the stop conditions are looked at.
 TICK_S = 0.1
 #: A ring fuller than this is drained at the next tick.
@@ -209,8 +209,9 @@ class Recorder:
             why = self._stop_reason(command, kvm)
             now = time.monotonic()
             if why or now >= next_drain or self._fill() > HURRY:
+                # From begin to begin: a drain that takes long is followed by one sooner.
+                next_drain = now + DRAIN_S
                 self._drain(watermark)
-                next_drain = time.monotonic() + DRAIN_S
             if now >= next_count:
                 next_count = now + 1.0
                 self._note_losses()

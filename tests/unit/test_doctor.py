@@ -84,11 +84,13 @@ def test_kvm_that_is_built_in_has_its_types_in_vmlinux():
 
 @pytest.mark.parametrize("name", ABLE)
 def test_every_hook_has_a_check_with_its_symbol_or_the_reason(name):
-    examination = examine(facts_of(name))
+    facts = facts_of(name)
+    examination = examine(facts)
     checks = {c.name.removeprefix("hook "): c for c in examination.checks if " " in c.name}
     for each in [hook.name for hook in HOOKS] + [point.name for point in TRACEPOINTS]:
         assert checks[each].found
-    assert "kvm_tdp_page_fault (fentry" in checks["fault"].found
+    how = "fentry" if facts.preempt == "voluntary" else "kprobe"
+    assert f"kvm_tdp_page_fault ({how}" in checks["fault"].found
     assert checks["fault"].required and not checks["gup"].required
 
 
