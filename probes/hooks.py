@@ -8,7 +8,16 @@ May import: standard library only.
 
 import dataclasses
 
-__all__ = ("HOOKS", "STRUCTS", "TRACEPOINTS", "ENUM_VALUES", "DATA_SYMBOLS", "Hook", "Tracepoint")
+__all__ = (
+    "HOOKS",
+    "STRUCTS",
+    "TRACEPOINTS",
+    "ENUM_VALUES",
+    "DATA_SYMBOLS",
+    "VMLINUX_SYMBOLS",
+    "Hook",
+    "Tracepoint",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +59,6 @@ HOOKS: tuple[Hook, ...] = (
         "kr_fault",
         "guest page faults cannot be seen",
         required=True,
-        fentry=True,
     ),
     Hook(
         "fault_shadow",
@@ -331,6 +339,17 @@ ENUM_VALUES: tuple[str, ...] = (
     "PG_reserved",
     "ZONE_DEVICE",
     "__MAX_NR_ZONES",
+)
+
+#: Symbols wanted of the kernel proper; all others are KVM's.
+VMLINUX_SYMBOLS: tuple[str, ...] = (
+    "follow_pfnmap_start",
+    "follow_pte",
+    "vmemmap_base",
+    "page_offset_base",
+    "zero_pfn",
+    "zero_page_pfn",
+    "huge_zero_pfn",
 )
 
 #: Data symbols whose value is read: name -> bytes.

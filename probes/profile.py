@@ -352,7 +352,7 @@ def choose_profile(facts: KernelFacts, *, attach: str = "auto") -> KernelProfile
     if attach == "fentry" and not any(c.how == "fentry" for c in choices.values()):
         raise UsageError(
             "--attach fentry: "
-            + (choices["fault"].note if "fault" in choices else "no hook")
+            + (choices["faultin"].note if "faultin" in choices else "no hook")
             + "; use --attach auto"
         )
     defines = {**_layout_defines(facts), **_value_defines(facts)}

@@ -136,9 +136,19 @@ class KernelSide:
             self._bpf["pids"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
 
     def _fill_tails(self) -> None:
-        # Every kprobe that writes an event ends in this program.
-        program = self._bpf.load_func("tail_event", self._bpf.KPROBE)
-        self._bpf["tails"][ctypes.c_int(0)] = ctypes.c_int(program.fd)
+        # Programs that write an event end in one of these, by kind of program: a tail call cannot
+        # cross from a kprobe to a tracepoint. The order is that of RAW_TAIL_x in state.h.
+        kinds = {
+            "tails": (self._bpf.KPROBE, ("tail_event",)),
+            "raw_tails": (
+                self._bpf.RAW_TRACEPOINT,
+                ("raw_tail_free", "raw_tail_alloc", "raw_tail_event"),
+            ),
+        }
+        for table, (kind, names) in kinds.items():
+            for index, name in enumerate(names):
+                program = self._bpf.load_func(name, kind)
+                self._bpf[table][ctypes.c_int(index)] = ctypes.c_int(program.fd)
 
     def attach(self) -> None:
         """Attach everything in the profile; what an optional hook refuses is kept in `failed`.

@@ -156,6 +156,23 @@ def _libbcc_mentions(word: bytes) -> bool:
     return False
 
 
+def _interesting(content: bytes) -> bytes:
+    """Return the lines of kallsyms worth a search: modules' and what hooks.VMLINUX_SYMBOLS names.
+
+    Modules come last. Searching all two hundred thousand lines for every name takes over a second
+    where a kernel is emulated. Where kvm is built in, all lines are returned.
+    """
+    first = content.find(b"\t[")
+    if first < 0 or content.find(b"\t[kvm]") < 0:
+        return content
+    parts = []
+    for name in hooks.VMLINUX_SYMBOLS:
+        at = content.find(f" {name}\n".encode())
+        if at >= 0:
+            parts.append(content[content.rfind(b"\n", 0, at) + 1 : at + len(name) + 2])
+    return b"".join(parts) + content[content.rfind(b"\n", 0, first) + 1 :]
+
+
 def _kallsyms(notes: list[str]) -> tuple[tuple[str, ...], dict[str, int], bool]:
     """Return the hooks' text symbols, the data symbols' addresses, and whether addresses show."""
     wanted = {name for hook in hooks.HOOKS for name in hook.candidates}
@@ -165,7 +182,7 @@ def _kallsyms(notes: list[str]) -> tuple[tuple[str, ...], dict[str, int], bool]:
         rf"^([0-9a-f]+) [a-zA-Z] ({'|'.join(hooks.DATA_SYMBOLS)})(?:\t|$)".encode(), re.M
     )
     try:
-        content = Path("/proc/kallsyms").read_bytes()
+        content = _interesting(Path("/proc/kallsyms").read_bytes())
     except OSError as err:
         notes.append(f"/proc/kallsyms: {err.strerror}")
         return (), {}, False

@@ -37,6 +37,7 @@ BPF_ARRAY(pages, struct page_chunk, V_PAGE_CHUNKS);
 BPF_PERCPU_ARRAY(pendings, struct pending, 1);
 BPF_PERCPU_ARRAY(page_calls, struct page_call, 2);
 BPF_PROG_ARRAY(tails, 1);
+BPF_PROG_ARRAY(raw_tails, 3);
 #if WANT_STACKS
 BPF_STACK_TRACE(stacks, 16384);
 #endif
@@ -404,6 +405,16 @@ int tail_event(struct pt_regs *ctx)
 	return 0;
 }
 
+int raw_tail_event(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	struct pending *p = pendings.lookup(&zero);
+
+	if (p)
+		finish_event(ctx, p);
+	return 0;
+}
+
 inline_fn void send_event(struct pt_regs *ctx)
 {
 	tails.call(ctx, 0);
@@ -643,27 +654,11 @@ inline_fn void on_map_enter(void)
 		st->rec.t_map = since(st->rec.h.fault_ts);
 }
 
-#if FENTRY_fault
-int FENTRY_KVM(SYM_fault)(u64 *ctx)
-{
-	on_fault_enter(ctx[0], ctx[1], MMU_TDP);
-	return 0;
-}
-
-int FEXIT_KVM(SYM_fault)(u64 *ctx)
-{
-	on_fault_exit(ctx, ctx[2]);
-	return 0;
-}
-#endif
-
-#if !FENTRY_fault
 int kp_fault_tdp(struct pt_regs *ctx)
 {
 	on_fault_enter(ctx->di, ctx->si, MMU_TDP);
 	return 0;
 }
-#endif
 
 int kp_fault_shadow(struct pt_regs *ctx)
 {
@@ -899,7 +894,7 @@ int raw_tracepoint__kvm_tdp_mmu_spte_changed(struct bpf_raw_tracepoint_args *ctx
 	p = leaf_event(st->kvm, ctx->args[1], ctx->args[3], ctx->args[4], ctx->args[2],
 		       ctx->args[0], 0, MMU_TDP, 0);
 	if (p)
-		finish_event(ctx, p);
+		raw_tails.call(ctx, RAW_TAIL_EVENT);
 	return 0;
 }
 #endif
@@ -1023,7 +1018,7 @@ int raw_tracepoint__fast_page_fault(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	p = shadow_leaf(st->kvm, sptep, old, new, st->rec.mmu, CAUSE_FAST);
 	if (p)
-		finish_event(ctx, p);
+		raw_tails.call(ctx, RAW_TAIL_EVENT);
 	return 0;
 }
 #endif
@@ -1310,16 +1305,31 @@ inline_fn void on_page(void *ctx, u64 page, u32 order, u32 kind)
  */
 inline_fn void page_call(struct bpf_raw_tracepoint_args *ctx, u32 kind, int again)
 {
-	int slot = kind == KIND_PAGE_FREE ? 0 : 1;
+	int slot = kind == KIND_PAGE_FREE ? RAW_TAIL_FREE : RAW_TAIL_ALLOC;
 	struct page_call *call = page_calls.lookup(&slot);
 
-	if (!call || (again && call->last == ctx->args[0]))
+	if (!armed_config() || !call || (again && call->last == ctx->args[0]))
 		return;
 	if (again)
 		call->rescued++;
 	else
 		call->last = ctx->args[0];
-	on_page(ctx, ctx->args[0], ctx->args[1], kind);
+	if (kind == KIND_PAGE_FREE)
+		raw_tails.call(ctx, RAW_TAIL_FREE);
+	else
+		raw_tails.call(ctx, RAW_TAIL_ALLOC);
+}
+
+int raw_tail_free(struct bpf_raw_tracepoint_args *ctx)
+{
+	on_page(ctx, ctx->args[0], ctx->args[1], KIND_PAGE_FREE);
+	return 0;
+}
+
+int raw_tail_alloc(struct bpf_raw_tracepoint_args *ctx)
+{
+	on_page(ctx, ctx->args[0], ctx->args[1], KIND_PAGE_ALLOC);
+	return 0;
 }
 
 int raw_tracepoint__mm_page_free(struct bpf_raw_tracepoint_args *ctx)

@@ -78,6 +78,11 @@ struct page_call {
 	u64 rescued;
 };
 
+/* Entries of raw_tails, for programs of raw tracepoints; the first two number page_calls. */
+#define RAW_TAIL_FREE 0
+#define RAW_TAIL_ALLOC 1
+#define RAW_TAIL_EVENT 2
+
 /* Two bytes for every page of the host: its state in bits 1:0, above it the last VM. */
 #define PAGE_CHUNK 4096
 struct page_chunk {

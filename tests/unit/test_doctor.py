@@ -90,7 +90,8 @@ def test_every_hook_has_a_check_with_its_symbol_or_the_reason(name):
     for each in [hook.name for hook in HOOKS] + [point.name for point in TRACEPOINTS]:
         assert checks[each].found
     how = "fentry" if facts.preempt == "voluntary" else "kprobe"
-    assert f"kvm_tdp_page_fault ({how}" in checks["fault"].found
+    assert f"hva_to_pfn ({how}" in checks["gup"].found
+    assert "kvm_tdp_page_fault (kprobe" in checks["fault"].found
     assert checks["fault"].required and not checks["gup"].required
 
 

@@ -209,7 +209,7 @@ def test_the_encryption_bit_is_no_part_of_a_frame_number():
 def test_auto_takes_fentry_where_it_can_be_had(name):
     profile = choose_profile(facts_of(name), attach="auto")
     ways = ways_of(profile)
-    wanted = ("fault", "faultin", "gup", "map")
+    wanted = ("faultin", "gup", "map")
     assert ways["fault_shadow"] == "kprobe"
     if facts_of(name).preempt == "voluntary":
         assert {ways[hook] for hook in wanted} == {"fentry"}
@@ -249,7 +249,7 @@ def test_a_function_that_btf_does_not_know_stays_a_kprobe_and_says_so():
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_return_is_attached_before_the_entry(name):
     attachments = choose_profile(facts_of(name), attach="kprobe").attachments
-    for hook in ("fault", "faultin", "gup"):
+    for hook in ("faultin", "gup"):
         assert [a.how for a in attachments if a.hook == hook] == ["kretprobe", "kprobe"]
 
 
@@ -257,7 +257,7 @@ def test_a_bcc_that_knows_no_fentry_of_modules_means_kprobes():
     old = dataclasses.replace(facts_of("6.12"), bcc_module_fentry=False)
     profile = choose_profile(old, attach="auto")
     assert "fentry" not in ways_of(profile).values()
-    assert "MODULE_KFUNC_PROBE" in next(c.note for c in profile.hooks if c.hook == "fault")
+    assert "MODULE_KFUNC_PROBE" in next(c.note for c in profile.hooks if c.hook == "faultin")
     with pytest.raises(UsageError, match="use --attach auto"):
         choose_profile(old, attach="fentry")
 
