@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ("app", "main")
 
 VERSION = "0.1.0"
+#: A ring buffer holds less than 4 GiB (BPF_MAP_TYPE_RINGBUF, max_entries is 32 bits wide), and a
+#: file of a tebibyte is a mistake.
+_BUFFER_MAX_MIB, _FILE_MAX_MIB = 4096, 1 << 20
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -133,6 +136,12 @@ def record(
 
     if attach not in ("auto", "kprobe", "fentry"):
         raise UsageError(f"--attach {attach}: say auto, kprobe or fentry")
+    for flag, size, most in (
+        ("--buffer-size", buffer_size, _BUFFER_MAX_MIB),
+        ("--max-size", max_size or 0, _FILE_MAX_MIB),
+    ):
+        if not size <= most:
+            raise UsageError(f"{flag} {size:g}: at most {most} MiB")
     options = RecordOptions(
         pids=tuple(vm or ()),
         duration_s=duration,
@@ -155,7 +164,8 @@ def record(
             say=_say,
             show=show,
         )
-    for line in _summary(path, outcome, options, status):
+    told_to_end = bool(command) and outcome.why != "command"
+    for line in _summary(path, outcome, options, status, told_to_end=told_to_end):
         _say(f"pfntrace: {line}")
     raise typer.Exit(_exit_status(outcome, status, fail_on_loss=fail_on_loss))
 
@@ -188,16 +198,22 @@ def _size(count: float) -> str:
 
 
 def _summary(
-    path: Path, outcome: "Outcome", options: "RecordOptions", status: int
+    path: Path,
+    outcome: "Outcome",
+    options: "RecordOptions",
+    status: int,
+    *,
+    told_to_end: bool = False,
 ) -> Iterator[str]:
     """Yield the closing lines: loss first, since it decides what the rest is worth."""
     if outcome.problem:
         yield outcome.problem
     if outcome.lost:
+        size = options.buffer_bytes / (1 << 20)
         share = 100 * outcome.lost / max(1, outcome.produced)
         yield (
-            f"LOST {outcome.lost:,} of {outcome.produced:,} records ({share:.1f} %): "
-            f"raise --buffer-size (now {options.buffer_bytes / (1 << 20):.3g})"
+            f"LOST {outcome.lost:,} of {outcome.produced:,} records ({share:.1f} %)"
+            + ("" if outcome.why == "output" else f": raise --buffer-size (now {size:.3g})")
         )
     torn = sum(c.torn for c in outcome.counts.values())
     if torn:
@@ -214,6 +230,8 @@ def _summary(
     if outcome.peak > 0.5 and not outcome.lost:
         peak += " (near full: raise --buffer-size)"
     yield f"lost {outcome.lost:,}, filtered {outcome.filtered:,}; {peak}"
+    if told_to_end:
+        yield "the command was told to end (SIGTERM): the recording ended before it did"
     if outcome.why == "command" and status:
         yield f"the command exited with status {status}"
     if not outcome.faults and not outcome.problem:
@@ -301,6 +319,7 @@ def main() -> None:
         _say(f"pfntrace: {err}")
         raise SystemExit(err.exit_code) from None
     except KeyboardInterrupt:
+        _say("pfntrace: interrupted before recording began; nothing was written")
         raise SystemExit(130) from None
     finally:
         # Python's own last flush would complain of a reader that left.

@@ -119,6 +119,10 @@ class KernelSide:
                 )
             except Exception as err:
                 first = next((line for line in said() if "error" in line), str(err))
+                if "could not open bpf map" in first:
+                    raise ProbeLoadError(
+                        f"the kernel refused a map ({first}): lower --buffer-size"
+                    ) from err
                 raise ProbeLoadError(f"the probes do not compile: {first}; report this") from err
             try:
                 self._fill_tails()
@@ -232,11 +236,23 @@ class KernelSide:
             return 0
         return sum(c.rescued for c in self._bpf["page_calls"][ctypes.c_int(events.index(event))])
 
+    def open_faults(self) -> int:
+        """Return how many faults of VMs that are gone never ended, as far as the programs know."""
+        alive = {vm.vm for vm in self.vms()}
+        states = self._entries("threads")
+        return sum(1 for _, state in states if state.fault and state.vm not in alive)
+
+    def _entries(self, table: str) -> Iterator[tuple[Any, Any]]:
+        """Yield the entries of a map that programs change meanwhile: bcc's items() would raise."""
+        for key in list(self._bpf[table].keys()):
+            with contextlib.suppress(KeyError):
+                yield key, self._bpf[table][key]
+
     def vms(self) -> list[VmEntry]:
         """Return the VMs that are in the programs' table now."""
         return [
             VmEntry(leaf.id, key.value, leaf.tgid, bool(leaf.traced), bool(leaf.created))
-            for key, leaf in self._bpf["vms"].items()
+            for key, leaf in self._entries("vms")
         ]
 
     def stack(self, stack_id: int) -> list[str]:

@@ -4,6 +4,7 @@ Refusals come first and cheapest: no such command, output not writable, host not
 anything is compiled. May import: `probes`, `tracer`.
 """
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from probes.errors import CommandError, HostError, OutputError, PfntraceError, UsageError
+from probes.errors import CommandError, HostError, OutputError, UsageError
 from probes.facts import KernelFacts
 from probes.profile import KernelProfile, choose_profile
 from tracer.command import Command
@@ -80,7 +81,7 @@ def record_to(
     say(f"pfntrace: recording to {path} ({armed})" + ("" if command else "; Ctrl-C ends it"))
     try:
         outcome = recorder.run(writer, child, started, show)
-    except PfntraceError as err:
+    except BaseException as err:
         recorder.abandon()
         if isinstance(err, CommandError):
             writer.abandon()
@@ -162,4 +163,6 @@ def _give_to_invoker(fd: int) -> None:
     """Under sudo the trace belongs to who called sudo."""
     uid, gid = os.environ.get("SUDO_UID"), os.environ.get("SUDO_GID")
     if os.geteuid() == 0 and uid and gid and uid.isdigit() and gid.isdigit():
-        os.fchown(fd, int(uid), int(gid))
+        # Some file systems have no owners: then the file stays root's.
+        with contextlib.suppress(OSError):
+            os.fchown(fd, int(uid), int(gid))

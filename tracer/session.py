@@ -29,7 +29,7 @@ __all__ = ("Outcome", "Progress", "RecordOptions", "Recorder", "ring_settings")
 #: A record younger than this stays in its ring: another cpu may still write an older one.
 HOLDBACK_NS = 100_000_000
 #: Between two drains; with the holdback it bounds what a SIGKILL can take.
-DRAIN_S = 0.4
+DRAIN_S = 0.3
 #: How often the rings' fill and the stop conditions are looked at.
 TICK_S = 0.1
 #: A ring fuller than this is drained at the next tick.
@@ -133,7 +133,6 @@ class Recorder:
         self._poll = select.epoll()
         self._slots = SlotWatch()
         self._stacks: set[int] = set()
-        self._written: dict[str, int] = {}
         self._interrupted = False
         self._armed_at = 0.0
         self.failed: list[tuple[str, str, str]] = []
@@ -262,8 +261,6 @@ class Recorder:
         if self._options.stacks:
             self._note_stacks(group)
         self._writer.write_group(group)
-        for kind, records in group:
-            self._written[kind] = self._written.get(kind, 0) + len(records)
 
     def _finish(self, why: str) -> None:
         """Take what is left in the rings, unless the file is full already."""
@@ -318,8 +315,13 @@ class Recorder:
     def _accounted(self, why: str) -> dict[str, Counts]:
         """Return the totals with records that were produced but not written put under a name."""
         accounted = {}
-        for kind, c in self._totals().items():
-            unwritten = c.produced - c.lost - c.filtered - self._written.get(kind, 0)
+        totals = self._totals()
+        # A thread's last fault has no next one to show that its end was missed.
+        last = self._kernel.open_faults()
+        c = totals["FAULT"]
+        totals["FAULT"] = Counts(c.produced + last, c.lost + last, c.filtered, c.torn + last)
+        for kind, c in totals.items():
+            unwritten = c.produced - c.lost - c.filtered - self._writer.written[kind]
             if why == "size":
                 accounted[kind] = c._replace(filtered=c.filtered + unwritten)
             else:
@@ -333,8 +335,8 @@ class Recorder:
         return Outcome(
             why=why,
             seconds=stopped - self._armed_at,
-            records=sum(self._written.values()),
-            faults=self._written.get("FAULT", 0),
+            records=self._writer.records,
+            faults=self._writer.written["FAULT"],
             vms=len(self._slots.vms | {v.vm for v in self._kernel.vms() if v.traced}),
             counts=self._accounted(why),
             peak=max(ring.peak / ring.size for ring in self._rings),
@@ -346,7 +348,7 @@ class Recorder:
 
     def _close(self, outcome: Outcome) -> None:
         try:
-            self._writer.close(summary_of(outcome, self._written))
+            self._writer.close(summary_of(outcome, self._writer.written))
         except OutputError:
             # The first failure is already in the outcome; the file is whole up to it.
             if not outcome.problem:
@@ -362,7 +364,9 @@ class Recorder:
         def interrupt(_number: int, _frame: Any) -> None:
             self._interrupted = True
 
-        saved = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        saved = {
+            n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         try:
             yield
         finally:
@@ -389,7 +393,12 @@ def summary_of(outcome: Outcome, written: dict[str, int]) -> dict[str, Any]:
 
 
 def _alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """A zombie has let go of its VMs."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
 def _kvm_identity() -> int:

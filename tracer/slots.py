@@ -19,6 +19,8 @@ __all__ = ("SlotWatch",)
 _SLOT = KINDS.index("SLOT")
 _DELETE = OPS.index("delete")
 _VMA = KINDS.index("VMA")
+#: A note has a limited size; a slot of more mappings is not a usual one.
+_VMAS_MAX = 1000
 
 
 class SlotWatch:
@@ -44,6 +46,9 @@ class SlotWatch:
             vmas, why = read_vmas(tgid, ranges)
             for slot, (low, high) in zip(slots, ranges, strict=True):
                 behind = [v for v in vmas if v["start"] < high and low < v["end"]]
+                if len(behind) > _VMAS_MAX:
+                    why = f"{len(behind) - _VMAS_MAX} more mappings behind this slot are left out"
+                    behind = behind[:_VMAS_MAX]
                 note: dict[str, Any] = {"slot": slot, "tgid": tgid, "vmas": behind}
                 if why or not behind:
                     note["problem"] = why or "the process was ending when its mappings were read"

@@ -106,6 +106,11 @@ class TraceWriter:
         """Records written so far, LOSS and NOTE rows not counted."""
         return sum(self._kinds[kind] for kind in schema.RECORD_KINDS)
 
+    @property
+    def written(self) -> dict[str, int]:
+        """Rows written so far by kind, LOSS and NOTE rows not counted."""
+        return {kind: self._kinds[kind] for kind in schema.RECORD_KINDS}
+
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 once closed."""
         return self._fd

@@ -119,7 +119,8 @@ inline_fn struct vm_entry *vm_of(struct config *cfg, u64 kvm)
 	if (cfg->n_pids)
 		fresh.traced = pids.lookup(&fresh.tgid) ? 1 : 0;
 	fresh.id = new_vm_id(cfg, kvm);
-	vms.update(&kvm, &fresh);
+	/* Another cpu may have met it at the same moment: the first number stays. */
+	vms.insert(&kvm, &fresh);
 	return vms.lookup(&kvm);
 }
 
@@ -138,6 +139,17 @@ inline_fn void count_filtered(u32 kind)
 
 	if (c)
 		__sync_fetch_and_add(&c->filtered, 1);
+}
+
+/* A record that was begun and whose end was missed. */
+inline_fn void count_torn(u32 kind)
+{
+	struct kind_counts *c = count_of(kind);
+
+	if (!c)
+		return;
+	__sync_fetch_and_add(&c->lost, 1);
+	__sync_fetch_and_add(&c->torn, 1);
 }
 
 inline_fn u32 next_seq(void)
@@ -214,9 +226,9 @@ inline_fn void emit_event(void *ctx, struct event_record *e, u32 kind, u32 op, u
 /* --gfn: does [gfn, gfn + pages of the level) meet the wanted range? */
 inline_fn int gfn_wanted(struct config *cfg, u64 gfn, u32 level)
 {
-	u64 last = gfn + (level == 3 ? 262143 : level == 2 ? 511 : 0);
+	u64 inside = level == 3 ? 262143 : level == 2 ? 511 : 0;
 
-	return gfn <= cfg->gfn_hi && last >= cfg->gfn_lo;
+	return (gfn & ~inside) <= cfg->gfn_hi && (gfn | inside) >= cfg->gfn_lo;
 }
 
 inline_fn void cause_push(struct thread_state *st, u64 cause)
@@ -240,7 +252,7 @@ inline_fn void mark_mapped(u64 pfn, u32 level, u32 vm)
 {
 	u32 chunk = pfn / PAGE_CHUNK;
 	struct page_chunk *c = pages.lookup(&chunk);
-	u16 mark = PAGE_MAPPED | vm << PAGE_VM_SHIFT;
+	u16 mark = PAGE_MAPPED | (vm <= PAGE_VM_MAX ? vm << PAGE_VM_SHIFT : 0);
 	u64 *w;
 	int i;
 
@@ -434,7 +446,6 @@ inline_fn void on_fault_enter(u64 vcpu, u64 fault, u32 mmu)
 {
 	struct config *cfg = armed_config();
 	struct thread_state *st;
-	struct kind_counts *c;
 	struct vm_entry *vm;
 	u64 kvm;
 
@@ -451,16 +462,13 @@ inline_fn void on_fault_enter(u64 vcpu, u64 fault, u32 mmu)
 	st = thread_get();
 	if (!st)
 		return;
-	if (st->fault) {
-		/* direct_page_fault() below kvm_tdp_page_fault(): one fault. */
-		if (st->fault == fault)
-			return;
-		c = count_of(KIND_FAULT);
-		if (c) {
-			__sync_fetch_and_add(&c->lost, 1);
-			__sync_fetch_and_add(&c->torn, 1);
-		}
-	}
+	/*
+	 * No handler calls another that is hooked, so a fault that is still open
+	 * is one whose return was missed: kretprobe instances run out when more
+	 * than max(10, 2 * cpus) vCPUs sleep in it.
+	 */
+	if (st->fault)
+		count_torn(KIND_FAULT);
 	st->fault = fault;
 	st->kvm = kvm;
 	st->vm = vm->id;
@@ -469,6 +477,8 @@ inline_fn void on_fault_enter(u64 vcpu, u64 fault, u32 mmu)
 	st->rec.h.vcpu = PEEK(u32, vcpu + O_vcpu_id);
 	st->rec.mmu = mmu;
 	st->rec.slot = -1;
+	st->rec.as_id = 0;
+	st->released_pfn = 0;
 	st->rec.t_faultin = st->rec.t_gup = st->rec.t_gup_end = ~0;
 	st->rec.t_faultin_end = st->rec.t_map = ~0;
 	st->rec.faultin_ret = -1;
@@ -627,6 +637,8 @@ inline_fn void on_faultin_exit(void *ctx, int ret)
 	r->t_faultin_end = since(r->h.fault_ts);
 	r->faultin_ret = ret;
 	read_fault(ctx, st, 1);
+	if (ret && !r->pfn) /* given up before there was one */
+		r->pfn = ~0ULL;
 	read_page(r->pfn >> 40 ? r->walk_pfn : r->pfn, &r->page);
 }
 
@@ -756,7 +768,7 @@ int kr_walk(struct pt_regs *ctx)
 {
 	struct thread_state *st = open_fault();
 	struct pending *p;
-	u64 vma, file, walk;
+	u64 vma, file, walk, start, end;
 
 	if (!st || !st->walk)
 		return 0;
@@ -767,15 +779,17 @@ int kr_walk(struct pt_regs *ctx)
 	st->rec.walk_pfn = PEEK(u64, walk + O_pfnmap_pfn);
 	vma = PEEK(u64, walk + O_pfnmap_vma);
 	st->rec.vm_flags = PEEK(u64, vma + O_vma_flags);
-	if (vma == st->last_vma)
+	start = PEEK(u64, vma + O_vma_start);
+	end = PEEK(u64, vma + O_vma_end);
+	if ((vma ^ start ^ end << 1) == st->last_vma) /* addresses alone are reused */
 		return 0;
-	st->last_vma = vma;
+	st->last_vma = vma ^ start ^ end << 1;
 	p = pending_event(KIND_VMA, OP_SEEN, st->kvm);
 	if (!p)
 		return 0;
 	p->flags = PENDING_WAKE;
-	p->e.a = PEEK(u64, vma + O_vma_start);
-	p->e.b = PEEK(u64, vma + O_vma_end);
+	p->e.a = start;
+	p->e.b = end;
 	p->e.c = st->rec.vm_flags;
 	file = PEEK(u64, vma + O_vma_file);
 	if (file)
@@ -938,6 +952,8 @@ int kp_set_spte(struct pt_regs *ctx)
 		return 0;
 	if (st->rec.t_map == ~0U)
 		st->rec.t_map = since(st->rec.h.fault_ts);
+	if (st->set_sptep)
+		count_torn(KIND_SPTE);
 	st->set_sptep = ctx->dx;
 	st->set_gfn = ctx->r8;
 	st->set_old = PEEK(u64, ctx->dx);
@@ -1028,8 +1044,8 @@ int raw_tracepoint__fast_page_fault(struct bpf_raw_tracepoint_args *ctx)
 
 /*
  * kvm_release_pfn_clean() calls kvm_release_page_clean() in some builds and
- * has it inlined in others.  A put shows once: the inner call finds the count
- * still as the outer one left it on paper.
+ * has it inlined in others.  A put shows once: the inner call is another
+ * function, and finds the count as it was when the outer one began.
  */
 inline_fn int on_release(u32 call, u64 pfn)
 {
@@ -1046,11 +1062,13 @@ inline_fn int on_release(u32 call, u64 pfn)
 		return 0;
 	read_page(pfn, &p->e.page);
 	if (call < CALL_MARK_ACCESSED) {
-		if (st->released_pfn == pfn + 1 && st->released_count == p->e.page.refcount) {
+		if (st->released_pfn == pfn + 1 && st->released_call != call &&
+		    st->released_count == p->e.page.refcount) {
 			st->released_pfn = 0;
 			return 0;
 		}
 		st->released_pfn = pfn + 1;
+		st->released_call = call;
 		st->released_count = p->e.page.refcount;
 	}
 	if (cfg->n_pids && !p->kvm) {
@@ -1062,9 +1080,10 @@ inline_fn int on_release(u32 call, u64 pfn)
 	}
 	p->e.pfn = pfn;
 	p->e.cause = call;
-	if (st->fault) {
+	/* Of a prefetched page only KVM knows the guest frame. */
+	if (st->fault && (st->rec.t_faultin_end == ~0U || st->rec.pfn == pfn)) {
 		p->flags = PENDING_GFN;
-		p->e.gfn = st->rec.gfn;
+		p->e.gfn = PEEK(u64, st->fault + O_fault_gfn);
 	}
 	return 1;
 }
@@ -1121,10 +1140,11 @@ inline_fn struct thread_state *reason_enter(struct config *cfg, u64 kvm, u32 cau
 
 	if (!st)
 		return NULL;
-	if (!st->fault && kvm) {
-		vm = vm_of(cfg, kvm);
+	if (!st->fault) {
+		vm = kvm ? vm_of(cfg, kvm) : NULL;
 		st->kvm = kvm;
 		st->vm = vm ? vm->id : 0;
+		st->released_pfn = 0;
 	}
 	/* Emptying a root is how others work: the reason that called for it stays. */
 	cause_push(st, cause == CAUSE_ROOT && st->causes ? st->causes & 15 : cause);
@@ -1146,7 +1166,7 @@ REASON(teardown, CAUSE_TEARDOWN, ctx->di)
 REASON(teardown_mn, CAUSE_TEARDOWN, ctx->di - O_kvm_mmu_notifier)
 REASON(root, CAUSE_ROOT, ctx->di)
 REASON(root_work, CAUSE_ROOT, 0)
-REASON(guest_write, CAUSE_GUEST_WRITE, 0)
+REASON(guest_write, CAUSE_GUEST_WRITE, PEEK(u64, ctx->di + O_vcpu_kvm))
 
 int kr_reason(struct pt_regs *ctx)
 {
@@ -1222,6 +1242,8 @@ int kp_invalidate_start(struct pt_regs *ctx)
 		return 0;
 	st = reason_enter(cfg, ctx->di - O_kvm_mmu_notifier, CAUSE_NOTIFIER);
 	if (st) {
+		if (st->arg)
+			count_torn(KIND_INVALIDATE);
 		st->arg = ctx->si;
 		st->arg2 = ctx->di - O_kvm_mmu_notifier;
 	}
@@ -1251,6 +1273,8 @@ int kp_invalidate_end(struct pt_regs *ctx)
 		return 0;
 	st = thread_get();
 	if (st) {
+		if (st->arg)
+			count_torn(KIND_INVALIDATE);
 		st->arg = ctx->si;
 		st->arg2 = ctx->di - O_kvm_mmu_notifier;
 	}
@@ -1386,6 +1410,8 @@ inline_fn void pin_enter(u64 who, u64 what)
 		return;
 	st = thread_get();
 	if (st) {
+		if (st->pin_what)
+			count_torn(KIND_PIN);
 		st->pin_what = what;
 		st->pin_who = who;
 	}

@@ -52,6 +52,7 @@ struct thread_state {
 	u64 set_prefetch;
 	u64 released_pfn; /* to see one put once, see on_release() */
 	s32 released_count;
+	u32 released_call;
 	u32 vm;
 	u64 last_slot;
 };
@@ -92,6 +93,7 @@ struct page_chunk {
 #define PAGE_FREED 2  /* freed after that, not yet handed out again */
 #define PAGE_STATE 3
 #define PAGE_VM_SHIFT 2
+#define PAGE_VM_MAX (0xffff >> PAGE_VM_SHIFT)
 #define PAGE_LANES 0x0001000100010001ULL /* the four pages of one word */
 
 #define RB_NO_WAKEUP 1

@@ -139,6 +139,9 @@ class FakeKernel(KernelSide):
     def missed(self) -> dict[str, int]:
         return self.skipped
 
+    def open_faults(self) -> int:
+        return 0
+
     def vms(self) -> list[VmEntry]:
         return self.known
 

@@ -246,7 +246,8 @@ def test_an_interrupt_before_the_recording_is_130(monkeypatch, capsys):
     monkeypatch.setattr(pfntrace, "app", interrupted)
     with pytest.raises(SystemExit) as ended:
         pfntrace.main()
-    assert (ended.value.code, capsys.readouterr()) == (130, ("", ""))
+    said = "pfntrace: interrupted before recording began; nothing was written\n"
+    assert (ended.value.code, capsys.readouterr()) == (130, ("", said))
 
 
 # --- the summary ----------------------------------------------------------------------------------
@@ -256,7 +257,13 @@ def test_a_problem_then_loss_come_first():
     ended = outcome("output", problem="x.pfnt: No space left on device", lost=10)
     lines = summary(ended)
     assert lines[0] == ended.problem
-    assert lines[1] == "LOST 10 of 100 records (10.0 %): raise --buffer-size (now 64)"
+    # A bigger buffer would not have helped a full disk.
+    assert lines[1] == "LOST 10 of 100 records (10.0 %)"
+
+
+def test_a_full_buffer_names_the_flag_to_raise():
+    lines = summary(outcome(lost=10))
+    assert lines[0] == "LOST 10 of 100 records (10.0 %): raise --buffer-size (now 64)"
 
 
 def test_a_recording_without_loss_says_so_in_numbers():
