@@ -214,3 +214,27 @@ def test_two_vms_are_told_apart(evidence: Evidence) -> None:
     faults = evidence.records("two_vms").filter(pl.col("kind") == "FAULT")
 
     assert sorted(faults.group_by("vm").len()["len"]) == [239, 239]
+
+
+@each_attach
+def test_faults_whose_end_was_missed_are_counted_as_torn(evidence: Evidence) -> None:
+    # Given 24 vCPUs that sleep in userfaultfd on two cpus, and KVM's own count of faults
+    taken = evidence.stats("asleep", "vcpu")["pf_taken"]
+    info = evidence.info("asleep")
+
+    # Then every fault is in the trace or counted as lost
+    counts = info["summary"]["counts"]["FAULT"]
+    assert info["kinds"]["FAULT"] + counts["lost"] == taken
+    assert counts["torn"] == counts["lost"]
+
+
+@each_attach
+def test_every_fault_on_one_page_shows_its_own_release(evidence: Evidence) -> None:
+    # Given 101 guest pages that all read the zero page, then each has a release of its own
+    records = evidence.records("zero_page")
+    puts = records.filter(
+        (pl.col("kind") == "RELEASE") & pl.col("call").is_in(["pfn_clean", "finish_fault"])
+    )
+
+    assert records.filter(pl.col("kind") == "FAULT").height == 101
+    assert sorted(puts["gfn"].drop_nulls()) == list(range(0x100, 0x100 + 101))

@@ -116,6 +116,10 @@ def attach() -> None:
     record("gfn", "prime-guest", options=("--gfn", "0x100-0x10a"))
     record("stacks", "prime-guest", options=("--stacks",))
     record("two_vms", "prime-guest", "--vms", "2")
+    record("zero_page", "prime-guest", "--read", "--pages", "101")
+    # More vCPUs asleep in faults than there are kretprobe instances.
+    record("asleep", "kvm-stats", str(OUT / "asleep.stats"), "demand_paging_test",
+           "-v", "24", "-b", "256K", "-u", "MISSING", "-d", "3000")  # fmt: skip
     flood = ("prime-guest", "--pages", "4001", "--repeat", "3")
     record("loss", *flood, options=("--buffer-size", "0.02", "--fail-on-loss"))
 
