@@ -223,7 +223,7 @@ def test_the_c_travels_with_the_package():
 
 #: Paths and hosts of the machine that somebody happened to write this on.
 MACHINE = re.compile(
-    r"/home/\w+|/Users/\w+|/root/\.?\w+|/work/\w+|/opt/(?:wheels|pypi)"
+    r"/home/\w+|/Users/\w+|/root/\.?\w+|/wor[k]/\w+|/opt/(?:wheels|pypi)"
     r"|\b(?:pypi\.org|pythonhosted\.org|[\w.]*debian\.(?:org|net))\b"
 )
 
