@@ -22,7 +22,10 @@ from probes.profile import BPF_SOURCE, KernelProfile
 from probes.wire import KINDS
 from tracer.observe import bcc_spec
 
-__all__ = ("Counts", "KernelSide", "Settings", "VmEntry")
+__all__ = ("RAW_TAILS", "Counts", "KernelSide", "Settings", "VmEntry")
+
+#: The program of each entry of the map raw_tails: RAW_TAIL_x of state.h, in that order.
+RAW_TAILS = (*("raw_tail_free", "raw_tail_alloc") * 2, *("raw_tail_event",) * 2)
 
 _ALL_GFNS = (0, 2**64 - 1)
 
@@ -100,6 +103,7 @@ class KernelSide:
         self._settings = settings
         self._bpf: Any = None
         self.failed: list[tuple[str, str, str]] = []
+        self._copies: list[Any] = []
 
     def load(self) -> None:
         """Compile and make the maps. Raises ProbeLoadError with the compiler's first error."""
@@ -141,17 +145,16 @@ class KernelSide:
 
     def _fill_tails(self) -> None:
         # Programs that write an event end in one of these, by kind of program: a tail call cannot
-        # cross from a kprobe to a tracepoint. The order is that of RAW_TAIL_x in state.h.
+        # cross from a kprobe to a tracepoint.
         kinds = {
             "tails": (self._bpf.KPROBE, ("tail_event",)),
-            "raw_tails": (
-                self._bpf.RAW_TRACEPOINT,
-                ("raw_tail_free", "raw_tail_alloc", "raw_tail_event"),
-            ),
+            "raw_tails": (self._bpf.RAW_TRACEPOINT, RAW_TAILS),
         }
         for table, (kind, names) in kinds.items():
             for index, name in enumerate(names):
                 program = self._bpf.load_func(name, kind)
+                # bcc remembers what it loaded: forgotten, the next caller gets a copy of its own.
+                self._copies.append(self._bpf.funcs.pop(name.encode()))
                 self._bpf[table][ctypes.c_int(index)] = ctypes.c_int(program.fd)
 
     def attach(self) -> None:
@@ -267,6 +270,9 @@ class KernelSide:
         if self._bpf is not None:
             self._bpf.cleanup()
             self._bpf = None
+            for program in self._copies:
+                os.close(program.fd)
+            self._copies.clear()
 
 
 def _last(lines: list[str]) -> str:

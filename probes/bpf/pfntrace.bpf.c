@@ -37,7 +37,7 @@ BPF_ARRAY(pages, struct page_chunk, V_PAGE_CHUNKS);
 BPF_PERCPU_ARRAY(pendings, struct pending, 1);
 BPF_PERCPU_ARRAY(page_calls, struct page_call, 2);
 BPF_PROG_ARRAY(tails, 1);
-BPF_PROG_ARRAY(raw_tails, 3);
+BPF_PROG_ARRAY(raw_tails, RAW_TAILS);
 #if WANT_STACKS
 BPF_STACK_TRACE(stacks, 16384);
 #endif
@@ -349,12 +349,17 @@ inline_fn u32 cause_now(struct thread_state *st, u64 kvm)
 	return cause;
 }
 
-/* Starts an event in this cpu's scratch space; `kvm` may be 0. */
-inline_fn struct pending *pending_event(u32 kind, u32 op, u64 kvm)
+/* Where programs of kprobes build an event: they never run inside one another on one cpu. */
+inline_fn struct pending *scratch(void)
 {
 	int zero = 0;
-	struct pending *p = pendings.lookup(&zero);
 
+	return pendings.lookup(&zero);
+}
+
+/* Starts an event in scratch space; `kvm` may be 0. */
+inline_fn struct pending *pending_event(struct pending *p, u32 kind, u32 op, u64 kvm)
+{
 	if (!p)
 		return NULL;
 	__builtin_memset(p, 0, sizeof(*p));
@@ -409,21 +414,23 @@ inline_fn void finish_event(void *ctx, struct pending *p)
  */
 int tail_event(struct pt_regs *ctx)
 {
-	int zero = 0;
-	struct pending *p = pendings.lookup(&zero);
+	struct pending *p = scratch();
 
 	if (p)
 		finish_event(ctx, p);
 	return 0;
 }
 
+/*
+ * The same for tracepoints.  Their programs may be preempted since 7.0, so the
+ * event is built in the thread's own entry.
+ */
 int raw_tail_event(struct bpf_raw_tracepoint_args *ctx)
 {
-	int zero = 0;
-	struct pending *p = pendings.lookup(&zero);
+	struct thread_state *st = thread_find();
 
-	if (p)
-		finish_event(ctx, p);
+	if (st)
+		finish_event(ctx, &st->pending);
 	return 0;
 }
 
@@ -784,7 +791,7 @@ int kr_walk(struct pt_regs *ctx)
 	if ((vma ^ start ^ end << 1) == st->last_vma) /* addresses alone are reused */
 		return 0;
 	st->last_vma = vma ^ start ^ end << 1;
-	p = pending_event(KIND_VMA, OP_SEEN, st->kvm);
+	p = pending_event(scratch(), KIND_VMA, OP_SEEN, st->kvm);
 	if (!p)
 		return 0;
 	p->flags = PENDING_WAKE;
@@ -838,15 +845,14 @@ inline_fn u64 spte_pfn(u64 spte)
 }
 
 /* Describes one leaf change; false if neither side is a leaf. */
-inline_fn struct pending *leaf_event(u64 kvm, u64 gfn, u64 old, u64 new, u32 level, u32 as_id,
-				     u64 sptep, u32 mmu, u32 cause)
+inline_fn struct pending *leaf_event(struct pending *p, u64 kvm, u64 gfn, u64 old, u64 new,
+				     u32 level, u32 as_id, u64 sptep, u32 mmu, u32 cause)
 {
 	int was = is_leaf(old, level), is = is_leaf(new, level);
-	struct pending *p;
 
 	if (!was && !is)
 		return NULL;
-	p = pending_event(KIND_SPTE, was && is ? OP_CHANGE : is ? OP_INSTALL : OP_ZAP, kvm);
+	p = pending_event(p, KIND_SPTE, was && is ? OP_CHANGE : is ? OP_INSTALL : OP_ZAP, kvm);
 	if (!p)
 		return NULL;
 	p->flags = PENDING_GFN | PENDING_CAUSE | PENDING_PAGE | (is ? PENDING_MARK : 0);
@@ -886,7 +892,7 @@ int kp_spte(struct pt_regs *ctx)
 #if HAVE_changed_sp /* the second argument is struct kvm_mmu_page since 7.x */
 	as_id = PEEK(u32, ctx->si + O_sp_role) >> V_role_smm_shift & 1;
 #endif
-	if (leaf_event(ctx->di, ctx->dx, old, new, ctx->r9, as_id, 0, MMU_TDP, 0))
+	if (leaf_event(scratch(), ctx->di, ctx->dx, old, new, ctx->r9, as_id, 0, MMU_TDP, 0))
 		send_event(ctx);
 	return 0;
 }
@@ -905,10 +911,10 @@ int raw_tracepoint__kvm_tdp_mmu_spte_changed(struct bpf_raw_tracepoint_args *ctx
 	st = thread_find();
 	if (!st || !bits_by_tracepoint(st))
 		return 0;
-	p = leaf_event(st->kvm, ctx->args[1], ctx->args[3], ctx->args[4], ctx->args[2],
-		       ctx->args[0], 0, MMU_TDP, 0);
+	p = leaf_event(&st->pending, st->kvm, ctx->args[1], ctx->args[3], ctx->args[4],
+		       ctx->args[2], ctx->args[0], 0, MMU_TDP, 0);
 	if (p)
-		raw_tails.call(ctx, RAW_TAIL_EVENT);
+		raw_tails.call(ctx, RAW_TAIL_CHANGED);
 	return 0;
 }
 #endif
@@ -933,12 +939,13 @@ inline_fn u64 sp_gfn(u64 sp, u64 sptep, u32 role)
 	return gfn + (index << (level - 1) * 9);
 }
 
-inline_fn struct pending *shadow_leaf(u64 kvm, u64 sptep, u64 old, u64 new, u32 mmu, u32 cause)
+inline_fn struct pending *shadow_leaf(struct pending *p, u64 kvm, u64 sptep, u64 old, u64 new,
+				      u32 mmu, u32 cause)
 {
 	u64 sp = sp_of(sptep);
 	u32 role = PEEK(u32, sp + O_sp_role);
 
-	return leaf_event(kvm, sp_gfn(sp, sptep, role), old, new, role & 15,
+	return leaf_event(p, kvm, sp_gfn(sp, sptep, role), old, new, role & 15,
 			  role >> V_role_smm_shift & 1, sptep, mmu, cause);
 }
 
@@ -973,8 +980,8 @@ int kr_set_spte(struct pt_regs *ctx)
 	sptep = st->set_sptep;
 	st->set_sptep = 0;
 	new = PEEK(u64, sptep);
-	if (new != st->set_old &&shadow_leaf(st->kvm, sptep, st->set_old, new, MMU_SHADOW,
-					     st->set_prefetch ? CAUSE_PREFETCH : 0))
+	if (new != st->set_old &&shadow_leaf(scratch(), st->kvm, sptep, st->set_old, new,
+					     MMU_SHADOW, st->set_prefetch ? CAUSE_PREFETCH : 0))
 		send_event(ctx);
 	return 0;
 }
@@ -993,7 +1000,7 @@ int kp_clear_spte(struct pt_regs *ctx)
 	st = thread_find();
 	if (st && st->set_sptep == ctx->si)
 		st->set_old = 0;
-	if (shadow_leaf(ctx->di, ctx->si, old, 0, MMU_SHADOW, 0))
+	if (shadow_leaf(scratch(), ctx->di, ctx->si, old, 0, MMU_SHADOW, 0))
 		send_event(ctx);
 	return 0;
 }
@@ -1014,7 +1021,7 @@ int kp_update_spte(struct pt_regs *ctx)
 		return 0;
 	table = ctx->di >> 12;
 	kvm = table_kvm.lookup(&table);
-	if (kvm && shadow_leaf(*kvm, ctx->di, old, ctx->si, MMU_SHADOW, 0))
+	if (kvm && shadow_leaf(scratch(), *kvm, ctx->di, old, ctx->si, MMU_SHADOW, 0))
 		send_event(ctx);
 	return 0;
 }
@@ -1032,9 +1039,9 @@ int raw_tracepoint__fast_page_fault(struct bpf_raw_tracepoint_args *ctx)
 	new = PEEK(u64, sptep);
 	if (new == old || (int)ctx->args[4] != V_RET_PF_FIXED)
 		return 0;
-	p = shadow_leaf(st->kvm, sptep, old, new, st->rec.mmu, CAUSE_FAST);
+	p = shadow_leaf(&st->pending, st->kvm, sptep, old, new, st->rec.mmu, CAUSE_FAST);
 	if (p)
-		raw_tails.call(ctx, RAW_TAIL_EVENT);
+		raw_tails.call(ctx, RAW_TAIL_FAST);
 	return 0;
 }
 #endif
@@ -1057,7 +1064,8 @@ inline_fn int on_release(u32 call, u64 pfn)
 	if (!cfg || pfn >> 40)
 		return 0;
 	st = thread_get();
-	p = pending_event(KIND_RELEASE, OP_NONE, st && (st->fault || st->causes) ? st->kvm : 0);
+	p = pending_event(scratch(), KIND_RELEASE, OP_NONE,
+			  st && (st->fault || st->causes) ? st->kvm : 0);
 	if (!st || !p)
 		return 0;
 	read_page(pfn, &p->e.page);
@@ -1222,7 +1230,7 @@ inline_fn void on_invalidate(struct pt_regs *ctx, u64 kvm, u64 range, u32 op)
 
 	if (!armed_config() || !range)
 		return;
-	p = pending_event(KIND_INVALIDATE, op, kvm);
+	p = pending_event(scratch(), KIND_INVALIDATE, op, kvm);
 	if (!p)
 		return;
 	p->e.a = PEEK(u64, range + O_range_start);
@@ -1339,9 +1347,9 @@ inline_fn void page_call(struct bpf_raw_tracepoint_args *ctx, u32 kind, int agai
 	else
 		call->last = ctx->args[0];
 	if (kind == KIND_PAGE_FREE)
-		raw_tails.call(ctx, RAW_TAIL_FREE);
+		raw_tails.call(ctx, again ? RAW_TAIL_FREE_AGAIN : RAW_TAIL_FREE);
 	else
-		raw_tails.call(ctx, RAW_TAIL_ALLOC);
+		raw_tails.call(ctx, again ? RAW_TAIL_ALLOC_AGAIN : RAW_TAIL_ALLOC);
 }
 
 int raw_tail_free(struct bpf_raw_tracepoint_args *ctx)
@@ -1390,7 +1398,7 @@ inline_fn void on_pin(struct pt_regs *ctx, u64 kvm, s32 vcpu, u64 gfn, u64 pfn, 
 
 	if (!armed_config())
 		return;
-	p = pending_event(KIND_PIN, op, kvm);
+	p = pending_event(scratch(), KIND_PIN, op, kvm);
 	if (!p)
 		return;
 	p->flags = PENDING_PAGE;
@@ -1501,7 +1509,7 @@ int kp_commit_slot(struct pt_regs *ctx)
 		slots.delete(&slot);
 	else
 		slots.update(&slot, &one);
-	p = pending_event(KIND_SLOT,
+	p = pending_event(scratch(), KIND_SLOT,
 			  change == 0 ? OP_CREATE :
 			  change == 1 ? OP_DELETE :
 			  change == 2 ? OP_MOVE :
@@ -1535,7 +1543,7 @@ int kp_create_vm(struct pt_regs *ctx)
 	if (!vm)
 		return 0;
 	vm->created = 1;
-	p = pending_event(KIND_VM, OP_CREATE, kvm);
+	p = pending_event(scratch(), KIND_VM, OP_CREATE, kvm);
 	if (!p)
 		return 0;
 	p->flags = PENDING_WAKE;
@@ -1579,7 +1587,7 @@ int kr_destroy_vm(struct pt_regs *ctx)
 		count_filtered(KIND_VM);
 		return 0;
 	}
-	p = pending_event(KIND_VM, OP_DELETE, 0);
+	p = pending_event(scratch(), KIND_VM, OP_DELETE, 0);
 	if (!p)
 		return 0;
 	p->flags = PENDING_WAKE;

@@ -30,6 +30,16 @@ struct kind_counts {
 	u64 torn;     /* its end was missed (kretprobe instances ran out); counted in lost too */
 };
 
+/* An event on its way to finish_event(), in scratch space. */
+struct pending {
+	struct event_record e;
+	u64 kvm; /* whose event: 0 if the header says it, or nobody knows */
+	u32 kind;
+	u32 op;
+	u32 flags;
+	u32 pad;
+};
+
 /*
  * One thread's open fault and the reasons it is inside.  Never deleted, so
  * that a fault costs no insert and no delete; the map is an LRU.
@@ -55,16 +65,7 @@ struct thread_state {
 	u32 released_call;
 	u32 vm;
 	u64 last_slot;
-};
-
-/* An event on its way to finish_event(), in per-cpu scratch space. */
-struct pending {
-	struct event_record e;
-	u64 kvm; /* whose event: 0 if the header says it, or nobody knows */
-	u32 kind;
-	u32 op;
-	u32 flags;
-	u32 pad;
+	struct pending pending; /* what a tracepoint's program writes for this thread */
 };
 
 #define PENDING_PAGE 1	/* read the state of e.pfn */
@@ -79,10 +80,20 @@ struct page_call {
 	u64 rescued;
 };
 
-/* Entries of raw_tails, for programs of raw tracepoints; the first two number page_calls. */
+/*
+ * Entries of raw_tails, for programs of raw tracepoints; the first two number
+ * page_calls.  Each has one caller: since 6.13 a program's stack may be one
+ * private area per cpu (bpf_enable_private_stack(), kernel/bpf/verifier.c),
+ * and the kernel keeps only what is attached from running inside itself, not
+ * what it calls.  So the same function is loaded once for each caller.
+ */
 #define RAW_TAIL_FREE 0
 #define RAW_TAIL_ALLOC 1
-#define RAW_TAIL_EVENT 2
+#define RAW_TAIL_FREE_AGAIN 2
+#define RAW_TAIL_ALLOC_AGAIN 3
+#define RAW_TAIL_CHANGED 4
+#define RAW_TAIL_FAST 5
+#define RAW_TAILS 6
 
 /* Two bytes for every page of the host: its state in bits 1:0, above it the last VM. */
 #define PAGE_CHUNK 4096
