@@ -18,6 +18,7 @@ __all__ = (
     "OutputError",
     "PfntraceError",
     "ProbeLoadError",
+    "SchemaError",
     "TraceFormatError",
     "UnsupportedKernel",
     "UsageError",
@@ -60,3 +61,7 @@ class OutputError(PfntraceError):
 
 class TraceFormatError(PfntraceError):
     """A file is not a pfntrace trace, is of another version, or is damaged."""
+
+
+class SchemaError(PfntraceError):
+    """A table is not what `analysis.schema` declares of it."""

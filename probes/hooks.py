@@ -227,7 +227,7 @@ HOOKS: tuple[Hook, ...] = (
         "vcpu_unmap",
         ("kvm_vcpu_unmap",),
         "kp_vcpu_unmap",
-        "",
+        "kr_vcpu_unmap",
         "the end of pins cannot be seen",
     ),
     Hook(

@@ -1049,6 +1049,14 @@ int raw_tracepoint__fast_page_fault(struct bpf_raw_tracepoint_args *ctx)
 /* ------------------------------------------------------------------ */
 /* References given back                                               */
 
+/* Whose reference this thread gives back: it is in a fault, has a reason, or undoes a pin. */
+inline_fn u64 release_kvm(struct thread_state *st)
+{
+	if (!st)
+		return 0;
+	return st->fault || st->causes ? st->kvm : st->unpin_kvm;
+}
+
 /*
  * kvm_release_pfn_clean() calls kvm_release_page_clean() in some builds and
  * has it inlined in others.  A put shows once: the inner call is another
@@ -1064,8 +1072,7 @@ inline_fn int on_release(u32 call, u64 pfn)
 	if (!cfg || pfn >> 40)
 		return 0;
 	st = thread_get();
-	p = pending_event(scratch(), KIND_RELEASE, OP_NONE,
-			  st && (st->fault || st->causes) ? st->kvm : 0);
+	p = pending_event(scratch(), KIND_RELEASE, OP_NONE, release_kvm(st));
 	if (!st || !p)
 		return 0;
 	read_page(pfn, &p->e.page);
@@ -1456,9 +1463,24 @@ int kr_vcpu_map(struct pt_regs *ctx)
 
 int kp_vcpu_unmap(struct pt_regs *ctx)
 {
+	struct thread_state *st;
+
 	/* unmapping what is not mapped is allowed and does nothing */
-	if (armed_config() && PEEK(u64, ctx->si + O_map_hva))
-		on_vcpu_map(ctx, ctx->di, ctx->si, 0, OP_UNMAP);
+	if (!armed_config() || !PEEK(u64, ctx->si + O_map_hva))
+		return 0;
+	st = thread_get();
+	if (st)
+		st->unpin_kvm = PEEK(u64, ctx->di + O_vcpu_kvm);
+	on_vcpu_map(ctx, ctx->di, ctx->si, 0, OP_UNMAP);
+	return 0;
+}
+
+int kr_vcpu_unmap(struct pt_regs *ctx)
+{
+	struct thread_state *st = thread_find();
+
+	if (st)
+		st->unpin_kvm = 0;
 	return 0;
 }
 #endif

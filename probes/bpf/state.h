@@ -53,6 +53,7 @@ struct thread_state {
 	u64 arg2;		 /* ... and its VM */
 	u64 pin_what;		 /* kvm_vcpu_map() or refresh at work: map or gpc ... */
 	u64 pin_who;		 /* ... and vcpu or kvm */
+	u64 unpin_kvm;		 /* kvm_vcpu_unmap() at work: its VM */
 	u64 dying;		 /* VM whose kvm_arch_destroy_vm() runs here */
 	u64 walk;		 /* struct follow_pfnmap_args while the walk runs */
 	u64 last_vma;		 /* the VMA of the last walk: a VMA record was written */

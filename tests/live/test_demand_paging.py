@@ -140,7 +140,7 @@ def test_other_workloads_are_recorded_without_loss(evidence: Evidence, run: str)
 
 
 @each_kernel
-@both_runs
+@pytest.mark.parametrize("run", ["demand1", "demand2", "nested"])
 def test_every_record_names_its_vm(evidence: Evidence, run: str) -> None:
     records = evidence.records(run).filter(~pl.col("kind").is_in(["LOSS", "NOTE"]))
 
