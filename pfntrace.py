@@ -298,7 +298,8 @@ def dump(
 
     printer = dump_json if as_json else dump_lines
     gfns = _parse_gfns(gfn) if gfn is not None else None
-    for line in printer(TraceReader(file), kind or None, gfns, limit):
+    kinds = [name.upper() for name in kind or ()] or None
+    for line in printer(TraceReader(file), kinds, gfns, limit):
         _out(line)
 
 

@@ -105,7 +105,7 @@ def test_record_on_a_host_that_cannot_refuses_in_one_line(tmp_path):
 
 
 def test_a_kind_that_does_not_exist_is_a_usage_error_that_names_those_that_do():
-    assert_refused(2, "'fault'; there are FAULT SPTE .* NOTE$", "dump", str(TRACE), "--kind=fault")
+    assert_refused(2, "'FOLT'; there are FAULT SPTE .* NOTE$", "dump", str(TRACE), "--kind=folt")
 
 
 @pytest.mark.parametrize("command", ["info", "dump", "report"])
@@ -146,7 +146,7 @@ def test_data_goes_to_stdout_and_nothing_to_stderr():
 
 
 def test_dump_prints_what_was_asked_for():
-    status, out, _ = run("dump", str(TRACE), "--kind", "FAULT", "--limit", "3")
+    status, out, _ = run("dump", str(TRACE), "--kind", "fault", "--limit", "3")
     assert (status, len(out.splitlines())) == (0, 3)
     assert all(" FAULT " in line for line in out.splitlines())
 
