@@ -10,6 +10,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 # 1: `make demo` records on this host instead of in the lab.
 HOST ?= 0
+# How often `make soak` simulates each kernel and bug.
+SEEDS ?= 1000
 
 LAB := tests/lab/lab
 BIN := .venv/bin
@@ -24,10 +26,10 @@ apt_install = { $(call say,apt: installing $(1)); \
 	$(SUDO) apt-get update -qq && \
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
-.PHONY: help install check test demo lab bench facts format clean
+.PHONY: help install check test demo lab lab-bugs bench soak facts tables format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make .venv with everything that Python needs (.venv/bin/pfntrace)
 	@$(call say,installed: $(BIN)/pfntrace)
@@ -57,7 +59,7 @@ check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab
 	@$(call say,layers: import-linter)
 	@$(BIN)/lint-imports --no-cache >build/layers.log || { cat build/layers.log; exit 1; }
 	@$(call say,unit tests: pytest)
-	@$(BIN)/python -m pytest -q -m 'not lab' tests
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not lab' tests
 
 test: .venv/.installed ## check, then every lab test on all three kernels (builds the lab)
 	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
@@ -92,13 +94,30 @@ endif
 	@$(call say,demo: $(BIN)/pfntrace report $(DEMO)/demo.pfnt)
 	@$(BIN)/pfntrace report $(DEMO)/demo.pfnt
 
+lab-bugs: .venv/.installed ## changed KVMs with planted bugs, recorded and checked (30 minutes)
+	@$(LAB) build
+	@$(call say,lab-bugs: one boot per kernel and bug; the table goes into docs/BUGS.md)
+	@$(BIN)/python tests/live/bugs.py --keep build/bugs --write docs/BUGS.md
+
+soak: .venv/.installed ## SEEDS=1000 simulations of every kernel and bug; makes docs/SIMULATION.md
+	@$(call say,soak: $(SEEDS) seeds of each kernel and bug)
+	@$(BIN)/python tests/unit/simsoak.py $(SEEDS) docs/SIMULATION.md
+
 bench: .venv/.installed ## what recording costs: alone, under pfntrace, under trace-cmd
 	@$(call say,bench: interleaved runs in one boot of the lab (ratios of medians))
 	@$(BIN)/python tests/live/bench.py
+	@$(call say,bench: pfntrace check on 5 million records)
+	@$(BIN)/python tests/bench/check.py
+	@$(call say,bench: lifetimes of SPTE records in memory, beside DuckDB)
+	@$(BIN)/python tests/bench/lifetimes.py
 
 facts: .venv/.installed ## capture tests/unit/facts/*.json anew from the lab's kernels
 	@$(call say,facts: observing each kernel of the lab)
 	@$(BIN)/python tests/unit/facts/capture.py
+
+tables: .venv/.installed ## write docs/TABLES.md anew from analysis/schema.py
+	@mkdir -p docs
+	@$(BIN)/python -c 'from analysis.schema import reference; print(reference(), end="")' >docs/TABLES.md
 
 format: .venv/.installed ## format Python and C
 	@$(BIN)/ruff format .

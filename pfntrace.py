@@ -6,20 +6,18 @@ them, so that `record` pays for nothing it does not use. Exit status: 0 ok, 1 er
 with `record -- COMMAND` a failing command's own status.
 """
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from probes.arguments import parse_frames, parse_number
 from probes.errors import PfntraceError, UsageError
-
-if TYPE_CHECKING:
-    from tracer.session import Outcome, Progress, RecordOptions
+from tracer.terminal import progress as progress_bar
+from tracer.terminal import status_line
 
 __all__ = ("app", "main")
 
@@ -145,14 +143,15 @@ def record(
     options = RecordOptions(
         pids=tuple(vm or ()),
         duration_s=duration,
-        gfns=_parse_gfns(gfn) if gfn is not None else None,
+        gfns=parse_frames(gfn) if gfn is not None else None,
         stacks=stacks,
         buffer_bytes=int(buffer_size * (1 << 20)),
         max_bytes=int(max_size * (1 << 20)) if max_size is not None else None,
     )
+    from tracer.closing import closing_lines, exit_status
     from tracer.recording import record_to
 
-    with _status_line() as show:
+    with status_line() as show:
         path, outcome, status = record_to(
             options,
             command or [],
@@ -165,103 +164,9 @@ def record(
             show=show,
         )
     told_to_end = bool(command) and outcome.why != "command"
-    for line in _summary(path, outcome, options, status, told_to_end=told_to_end):
+    for line in closing_lines(path, outcome, options, status, told_to_end=told_to_end):
         _say(f"pfntrace: {line}")
-    raise typer.Exit(_exit_status(outcome, status, fail_on_loss=fail_on_loss))
-
-
-def _parse_gfns(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
-    try:
-        low, high = int(first, 0), int(last or first, 0)
-    except ValueError:
-        raise UsageError(f"--gfn {text}: write A-B, for example 0x100-0x1ff") from None
-    if not 0 <= low <= high < 1 << 52:
-        raise UsageError(f"--gfn {text}: A must not be above B, and B below 2^52")
-    return low, high
-
-
-def _exit_status(outcome: "Outcome", status: int, *, fail_on_loss: bool) -> int:
-    if outcome.problem:
-        return 1
-    if fail_on_loss and outcome.lost:
-        return 3
-    return 130 if outcome.why == "interrupted" else status
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def _summary(
-    path: Path,
-    outcome: "Outcome",
-    options: "RecordOptions",
-    status: int,
-    *,
-    told_to_end: bool = False,
-) -> Iterator[str]:
-    """Yield the closing lines: loss first, since it decides what the rest is worth."""
-    if outcome.problem:
-        yield outcome.problem
-    if outcome.lost:
-        size = options.buffer_bytes / (1 << 20)
-        share = 100 * outcome.lost / max(1, outcome.produced)
-        yield (
-            f"LOST {outcome.lost:,} of {outcome.produced:,} records ({share:.1f} %)"
-            + ("" if outcome.why == "output" else f": raise --buffer-size (now {size:.3g})")
-        )
-    torn = sum(c.torn for c in outcome.counts.values())
-    if torn:
-        yield f"{torn:,} of them are faults whose end was missed: more vCPUs slept than kretprobes"
-    if outcome.missed:
-        calls = ", ".join(f"{name} {count:,}" for name, count in outcome.missed.items())
-        yield f"the kernel skipped programs that were interrupted by themselves: {calls}"
-    yield (
-        f"recorded {outcome.records:,} records ({outcome.faults:,} faults) of "
-        f"{outcome.vms} VM{'s' if outcome.vms != 1 else ''} in {outcome.seconds:.1f} s; "
-        f"ended by {outcome.why}"
-    )
-    peak = f"buffer peak {100 * outcome.peak:.0f} %"
-    if outcome.peak > 0.5 and not outcome.lost:
-        peak += " (near full: raise --buffer-size)"
-    yield f"lost {outcome.lost:,}, filtered {outcome.filtered:,}; {peak}"
-    if told_to_end:
-        yield "the command was told to end (SIGTERM): the recording ended before it did"
-    if outcome.why == "command" and status:
-        yield f"the command exited with status {status}"
-    if not outcome.faults and not outcome.problem:
-        yield "no guest page fault was seen: was a VM running, and was it this one (--vm)?"
-    yield f"wrote {path} ({_size(outcome.bytes)}); see: pfntrace report {path}"
-
-
-@contextlib.contextmanager
-def _status_line() -> "Iterator[Callable[[Progress], None] | None]":
-    """Give a function that shows progress on one line of a terminal; none if stderr is not one."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    last = [0.0, 0]
-
-    def show(now: "Progress") -> None:
-        if now.seconds - last[0] < 0.25:
-            return
-        rate = (now.records - last[1]) / (now.seconds - last[0])
-        last[:] = [now.seconds, now.records]
-        sys.stderr.write(
-            f"\r{now.seconds:7.1f} s  {rate:9,.0f} records/s  lost {now.lost:,}  "
-            f"faults {now.faults:,}  {_size(now.bytes)}\x1b[K"
-        )
-        sys.stderr.flush()
-
-    try:
-        yield show
-    finally:
-        sys.stderr.write("\r\x1b[K")
+    raise typer.Exit(exit_status(outcome, status, fail_on_loss=fail_on_loss))
 
 
 @app.command()
@@ -297,19 +202,276 @@ def dump(
     from tracer.tracefile import TraceReader
 
     printer = dump_json if as_json else dump_lines
-    gfns = _parse_gfns(gfn) if gfn is not None else None
+    gfns = parse_frames(gfn) if gfn is not None else None
     kinds = [name.upper() for name in kind or ()] or None
     for line in printer(TraceReader(file), kinds, gfns, limit):
         _out(line)
 
 
 @app.command()
-def report(file: Annotated[Path, typer.Argument(help="A trace.")]) -> None:
-    """Summarise a trace: totals, faults that failed and why, memory that nobody counts."""
-    from analysis.report import report_lines
+def check(
+    file: Annotated[Path | None, typer.Argument(metavar="TRACE", help="A trace.")] = None,
+    detector: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this one; repeatable.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Name the detectors, and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look for broken reference counting, stale mappings and livelocks in a trace.
 
-    for line in report_lines(file):
+    Exit status 0 if nothing definite or probable was found, 4 if something was.
+    """
+    from analysis.check import check_trace
+    from analysis.checktext import check_lines, detector_lines
+
+    if list_all:
+        for line in detector_lines():
+            _out(line)
+        return
+    if file is None:
+        raise UsageError("check: name a trace, or --list")
+    with progress_bar("checking") as progress:
+        result = check_trace(file, detector or None, progress)
+    if as_json:
+        # json leaves DEL as it is.
+        _out(json.dumps(result.to_json(), indent=2).replace("\x7f", "\\u007f"))
+    else:
+        for line in check_lines(result):
+            _out(line)
+    raise typer.Exit(4 if result.anomalies else 0)
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="A trace.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with figures.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+) -> None:
+    """Summarise a trace: faults, lifetimes, anomalies, memory that nobody counts.
+
+    What is lost or cannot be seen is said first.
+    """
+    from analysis.report import write_report
+
+    with progress_bar("reading") as progress:
+        lines = write_report(file, html, as_data=as_json, overwrite=force, progress=progress)
+    for line in lines:
         _out(line)
+    if html is not None:
+        _say(f"pfntrace: wrote {html}")
+
+
+@app.command()
+def plot(
+    file: Annotated[Path, typer.Argument(help="A trace.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind", metavar="K", help="timeline, refcount, mapped, lifetimes, latency. [all]"
+        ),
+    ] = None,
+    gfn: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Guest frames of the timeline.")
+    ] = None,
+    pfn: Annotated[
+        str | None, typer.Option(metavar="N", help="Host frame of refcount, 0x for hex.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="F", help="png or svg.")] = "png",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+) -> None:
+    """Draw figures of a trace into a folder, KIND.png each."""
+    from analysis.plot import plot_trace
+
+    with progress_bar("reading") as progress:
+        paths = plot_trace(
+            file,
+            output,
+            kind or (),
+            gfns=parse_frames(gfn) if gfn is not None else None,
+            pfn=parse_number("--pfn", pfn) if pfn is not None else None,
+            form=form,
+            overwrite=force,
+            progress=progress,
+        )
+    for path in paths:
+        _say(f"pfntrace: wrote {path}")
+
+
+@app.command()
+def lifetimes(
+    file: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace.")],
+    vm: Annotated[int | None, typer.Option(metavar="N", help="Only VM N of the trace.")] = None,
+    gfn: Annotated[str | None, typer.Option(metavar="A-B", help="Only these guest frames.")] = None,
+    pfn: Annotated[
+        str | None, typer.Option(metavar="A-B", help="Host frames: history too.")
+    ] = None,
+    slot: Annotated[int | None, typer.Option(metavar="N", help="Only memslot N.")] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=0, help="Show N at most.")] = 40,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write all.")] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+) -> None:
+    """List mappings: born when and why, of which page, ended when and by what.
+
+    Files have the columns of docs/TABLES.md.
+    """
+    from analysis.lifelist import Selection, lifetime_lines, write_lifetimes
+
+    gfns = parse_frames(gfn) if gfn is not None else None
+    chosen = Selection(vm, gfns, parse_frames(pfn, "--pfn") if pfn is not None else None, slot)
+    files = {form: path for form, path in (("csv", csv), ("parquet", parquet)) if path}
+    with progress_bar("pairing") as show:
+        made = write_lifetimes(file, chosen, files, overwrite=force, progress=show)
+        lines = [] if files else list(lifetime_lines(file, chosen, limit, show))
+    for line in made:
+        _say(f"pfntrace: {line}")
+    for line in lines:
+        _out(line)
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A trace, say before a patch.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another, say after it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two traces: faults, page classes, mappings, anomalies, latency."""
+    from analysis.diff import compare, diff_json
+    from analysis.diffwords import diff_lines
+
+    with progress_bar("comparing") as progress:
+        found = compare(before, after, progress)
+    if as_json:
+        _out(json.dumps(diff_json(found), indent=2))
+        return
+    for line in diff_lines(found):
+        _out(line)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A trace.")],
+    form: Annotated[str, typer.Option("--format", metavar="F", help="parquet, csv or perfetto.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="See above.")],
+    table: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this table; repeatable.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Write a trace as tables or for Perfetto's UI (ui.perfetto.dev).
+
+    parquet and csv: with one --table PATH is its file, else a folder that gets a file for each
+    table (docs/TABLES.md). perfetto: PATH is the file.
+    """
+    from analysis.export import export as export_trace
+    from tracer.describe import verdict_line
+
+    with progress_bar("exporting") as progress:
+        files, facts = export_trace(
+            file, form, output, table or (), overwrite=force, progress=progress
+        )
+    _say(f"pfntrace: {verdict_line(facts)}")
+    for made in files:
+        left = f" ({made.left_out:,} of impossible times left out)" if made.left_out else ""
+        _say(f"pfntrace: wrote {made.path}: {made.rows:,} rows{left}")
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(metavar="PART…", help="Traces.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The new trace.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+) -> None:
+    """Make one trace of several: parts of a recording, recordings of one host or of several.
+
+    VM numbers of different recordings are kept apart, losses are added up, every note and the
+    description say which part they are of (pfntrace info).
+    """
+    from tracer.describe import printable
+    from tracer.merge import merge as merge_traces
+
+    with progress_bar("merging") as progress:
+        told = merge_traces(
+            parts,
+            output,
+            version=VERSION,
+            argv=sys.argv[1:],
+            overwrite=force,
+            progress=progress,
+        )
+    for part in told.parts:
+        if part["reason"]:
+            _say(f"pfntrace: INCOMPLETE: {printable(part['file'])}: {printable(part['reason'])}")
+    for remark in told.remarks:
+        _say(f"pfntrace: {printable(remark)}")
+    count = f"{len(told.parts)} part{'s' if len(told.parts) != 1 else ''}"
+    _say(f"pfntrace: merged {count}: {told.records:,} records, lost {told.lost:,}")
+    _say(f"pfntrace: wrote {output}; see: pfntrace info {output}")
+
+
+@app.command()
+def simulate(
+    kernel: Annotated[str, typer.Option(metavar="GEN", help="A generation of --list.")] = "6.12",
+    scenario: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A scenario of --list, or a TOML file.")
+    ] = "demand",
+    bug: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=RATE]", help="Plant this bug; repeatable.")
+    ] = None,
+    vcpus: Annotated[int, typer.Option(metavar="N", min=1, help="vCPUs.")] = 2,
+    mem: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory, 64M or 1G.")] = "16M",
+    faults: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Accesses  [default: one a page]")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="One seed, one trace.")] = 1,
+    mmu: Annotated[str, typer.Option(help="tdp or shadow  [default: the scenario's]")] = "",
+    hostile: Annotated[
+        list[str] | None, typer.Option(metavar="HOW[=AMOUNT]", help="loss, skew, …; repeatable.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Say what there is, and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: JSON.")] = False,
+) -> None:
+    """Make the trace of a kernel without a kernel, and the truth beside it (Parquet)."""
+    from tracer.simulator import wording
+
+    if listed:
+        for line in wording.catalogue_lines(as_json=as_json):
+            _out(line)
+        return
+    knobs = wording.knobs_of(kernel, scenario, bug, vcpus, mem, faults, seed, mmu, hostile)
+    for line in wording.knob_lines(knobs):
+        _say(f"pfntrace: {line}")
+    with progress_bar("simulating") as show:
+        outcome = wording.run(knobs, output, VERSION, force, show)
+    for line in wording.outcome_lines(outcome):
+        _say(f"pfntrace: {line}")
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A trace.")],
+    other: Annotated[
+        str, typer.Option("--as", metavar="GEN", help="What would this kernel have done?")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask whether a recording does what the model of its kernel does, record by record.
+
+    Exit status 1 at the first record that the model does not explain.
+    """
+    from tracer.simulator.replay import conform, replay_lines
+
+    with progress_bar("replaying") as show:
+        answer = conform(file, other=other, progress=show)
+    for line in [json.dumps(answer.to_json(), indent=2)] if as_json else replay_lines(answer):
+        _out(line)
+    raise typer.Exit(0 if answer.conforms else 1)
 
 
 def main() -> None:

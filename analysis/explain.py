@@ -1,14 +1,15 @@
 """Why a fault failed, in sentences: `analysis.failures` finds the reason, this module words it.
 
-May import: `analysis.failures`, `analysis.mappings`, `analysis.text`, `tracer.describe`.
+May import: `analysis.document`, `analysis.failures`, `analysis.mappings`, `analysis.text`,
+`tracer.describe`.
 """
 
 import errno
-from collections.abc import Iterator
 
-from analysis import text
+from analysis.document import Entry
 from analysis.failures import Block, Failure, Head
 from analysis.mappings import UNKNOWN_FILE
+from analysis.text import duration
 from tracer.describe import printable
 
 __all__ = ("errno_name", "explained", "owner")
@@ -26,29 +27,26 @@ def explained(
     block: Block | None = None,
     head: Head | None = None,
     destroyed: int | None = None,
-) -> Iterator[str]:
-    """Yield the lines about one group of failures: what happened, where, and the evidence.
+) -> Entry:
+    """Return what to say of one group of failures: what happened, where, and the evidence.
 
     `destroyed` is when the VM ended (ns), None if it did not.
     """
-    yield from text.wrapped(f"{owner(failure.vm, failure.tgid)}: {_what(failure)}", "  ", "    ")
-    yield from _fact("where", _where(failure))
+    facts = [("where", _where(failure))]
     if failure.reason == "uncounted":
-        yield from _fact("why", _why_uncounted(failure, generation))
+        facts.append(("why", _why_uncounted(failure, generation)))
         evidence = _block_evidence(failure, block, head)
         if evidence:
-            yield from _fact("block", evidence)
-    yield from _fact("then", _then(failure, destroyed))
+            facts.append(("block", evidence))
+    facts.append(("then", _then(failure, destroyed)))
+    lead = f"{owner(failure.vm, failure.tgid)}: {_what(failure)}"
+    return Entry(lead, tuple(facts), tone="bad" if failure.died else "warn")
 
 
 def owner(vm: int, tgid: int) -> str:
     """Return for example "VM 1 (process 219)"; 0 is unknown."""
     name = f"VM {vm}" if vm else "a VM not known"
     return f"{name} (process {tgid})" if tgid else name
-
-
-def _fact(label: str, sentence: str) -> Iterator[str]:
-    yield from text.wrapped(sentence, f"    {label:<7}", " " * 11)
 
 
 def _what(failure: Failure) -> str:
@@ -142,7 +140,7 @@ def _block_evidence(failure: Failure, block: Block | None, head: Head | None) ->
         )
     if block:
         found.append(
-            f"{_duration(block.ts - failure.last_ts)} later the block was freed as one: "
+            f"{duration(block.ts - failure.last_ts, 2)} later the block was freed as one: "
             f"{1 << block.order:,} pages (order {block.order}) from pfn {block.frame:#x}."
         )
     return " ".join(found)
@@ -152,11 +150,5 @@ def _then(failure: Failure, destroyed: int | None) -> str:
     vcpus = f"vCPU {failure.vcpu}" if failure.vcpus == 1 else "these vCPUs"
     then = f"no later fault of {vcpus} succeeded" if failure.died else f"{vcpus} ran on"
     if destroyed is not None and destroyed > failure.last_ts:
-        then += f"; the VM was destroyed {_duration(destroyed - failure.last_ts)} later"
+        then += f"; the VM was destroyed {duration(destroyed - failure.last_ts, 2)} later"
     return then
-
-
-def _duration(ns: int) -> str:
-    if ns >= 10**9:
-        return f"{ns / 1e9:,.1f} s"
-    return f"{ns / 1e6:,.0f} ms" if ns >= 10**6 else f"{ns / 1e3:,.0f} us"

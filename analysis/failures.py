@@ -128,6 +128,10 @@ def failed_faults(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     if not len(fresh):
         return before[0] if before else fresh
     fresh = fresh.assign(
+        # A file may come from anyone: a record need not name its VM.
+        vm=fresh["vm"].fillna(0),
+        vcpu=fresh["vcpu"].fillna(-1),
+        ret=fresh["ret"].fillna(0),
         frame=frame_of(fresh),
         page=fresh["page"].astype(str),
         early=fresh["t_faultin"].isna(),

@@ -55,6 +55,10 @@ class Mappings:
         for at, mapping in enumerate(self._all):
             self._of_vm.setdefault(mapping.vm, []).append(at)
 
+    def __iter__(self) -> Iterator[VmaMapping]:
+        """Yield all mappings; of those that overlap the later one is right."""
+        return iter(self._all)
+
     def find_all(self, table: pd.DataFrame) -> list[VmaMapping | None]:
         """Return the mapping of each row of a table with the columns vm and hva.
 

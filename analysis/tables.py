@@ -17,13 +17,23 @@ import pyarrow as pa
 from tracer.schema import FILE_KINDS, columns_of_kind
 from tracer.tracefile import TraceReader
 
-__all__ = ("CHUNK_ROWS", "Tables", "chunks", "largest_groups", "load", "parse_notes", "stack")
+__all__ = (
+    "CHUNK_ROWS",
+    "DTYPES",
+    "Tables",
+    "chunks",
+    "largest_groups",
+    "load",
+    "parse_notes",
+    "stack",
+)
 
 #: A chunk is handed out when it has so many rows; it has fewer than a batch more.
 CHUNK_ROWS = 1 << 18
 
 _ORDER = ["ts", "cpu", "seq"]
-_DTYPES = {
+#: pandas type of each Arrow type: those that can be null.
+DTYPES = {
     pa.uint8(): pd.UInt8Dtype(),
     pa.uint16(): pd.UInt16Dtype(),
     pa.uint32(): pd.UInt32Dtype(),
@@ -53,7 +63,7 @@ class Tables:
 
 def _table(kind: str, batches: list[pa.RecordBatch], columns: Sequence[str]) -> pd.DataFrame:
     if batches:
-        return pa.Table.from_batches(batches).to_pandas(types_mapper=_DTYPES.get)
+        return pa.Table.from_batches(batches).to_pandas(types_mapper=DTYPES.get)
     return pd.DataFrame({name: pd.Series(dtype="object") for name in columns})
 
 

@@ -14,22 +14,26 @@ import numpy as np
 import pandas as pd
 
 from analysis.failures import FAILED_COLUMNS, failed_faults, walked_heads
+from analysis.histogram import Histogram
 from analysis.pages import not_counted, page_class
+from analysis.paths import path_of, stage_times
 from analysis.tables import CHUNK_ROWS, chunks, parse_notes, stack
 from analysis.uncounted import UNCOUNTED_COLUMNS, uncounted_pages
 from tracer.tracefile import TraceReader
 
-__all__ = ("COLUMNS", "COUNT_EXACT_MAX", "MANY", "OUTCOMES", "Totals", "add_up")
+__all__ = ("COLUMNS", "COUNT_EXACT_MAX", "MANY", "NO_FAULTIN", "OUTCOMES", "Totals", "add_up")
 
 #: kind -> the columns that are read of it.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "FAULT": (
         *("ts", "tgid", "vm", "vcpu", "error_code", "gfn", "hva", "pfn", "walk_pfn", "slot"),
-        *("as_id", "level", "t_faultin", "t_gup", "ret", "result", "faultin_ret", "refcounted"),
-        *("prefetch", "refcount", "mapcount", "page_bits", "refcount_end"),
+        *("as_id", "level", "mmu", "t_faultin", "t_gup", "t_gup_end", "t_faultin_end", "t_map"),
+        *("dur", "ret", "result", "faultin_ret", "refcounted", "prefetch", "refcount", "mapcount"),
+        *("page_bits", "refcount_end"),
     ),
     "SPTE": ("op", "vm", "pfn", "level", "mmu", "cause", "refcount", "mapcount", "page_bits"),
     "PAGE_FREE": ("ts", "pfn", "order", "page_bits"),
+    "SLOT": ("vm", "as_id", "slot", "gfn", "npages", "hva"),
     "VM": ("ts", "op", "vm", "vm_tgid"),
     "VMA": ("vm", "hva", "hva_end", "vm_flags", "rdev"),
     "LOSS": ("cpu", "loss_kind", "produced", "lost", "filtered"),
@@ -43,6 +47,8 @@ OUTCOMES = ("mapped", "mapped, uncounted", "not mapped")
 COUNT_EXACT_MAX = 16
 #: Stands for such a count.
 MANY = 1 << 32
+#: Stands for the memslot of a fault that ended before fault-in, which is what names it.
+NO_FAULTIN = -2
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,6 +60,14 @@ class Totals:
     notes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     #: (vm, vcpu, result) -> faults.
     faults: Counter[tuple[int, int, str]] = dataclasses.field(default_factory=Counter)
+    #: (path, result, prefetch) -> faults; see `analysis.paths`.
+    paths: Counter[tuple[str, str, bool]] = dataclasses.field(default_factory=Counter)
+    #: (path, stage) -> how long they were, ns.
+    stages: dict[tuple[str, str], Histogram] = dataclasses.field(default_factory=dict)
+    #: (vm, as_id, slot, result) -> faults; slot -1 is none, NO_FAULTIN that nobody asked.
+    slots: Counter[tuple[int, int, int, str]] = dataclasses.field(default_factory=Counter)
+    #: Places that memslots had: vm, as_id, slot, gfn, npages, hva; each once, the newest last.
+    places: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     #: (vm, mmu, level, cause, op) -> SPTE records.
     sptes: Counter[tuple[int, str, int, str, str]] = dataclasses.field(default_factory=Counter)
     #: (class, level) -> pages at the end of fault-in if level is 0, else at installs.
@@ -77,22 +91,33 @@ class Totals:
     vmas: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
 
-def add_up(path: Path, rows_max: int = CHUNK_ROWS) -> Totals:
+def add_up(
+    path: Path,
+    rows_max: int = CHUNK_ROWS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Totals:
     """Read a trace, `rows_max` records of a kind at a time, and return what it adds up to.
 
-    Raises TraceFormatError if it is not a trace.
+    `progress` is told how many of the records are done, and how many there are. Raises
+    TraceFormatError if it is not a trace.
     """
     totals = Totals()
     adders: dict[str, Callable[[Totals, pd.DataFrame], None]] = {
         "FAULT": _add_faults,
         "SPTE": _add_sptes,
         "PAGE_FREE": _add_frees,
+        "SLOT": _add_slots,
         "VM": _add_vms,
         "VMA": _add_vmas,
     }
     newest: dict[tuple[str, int], tuple[int, int, int]] = {}
     with TraceReader(path) as reader:
+        kinds = reader.info()["kinds"]
+        done, wanted = 0, sum(kinds.get(kind, 0) for kind in COLUMNS)
         for kind, chunk in chunks(reader, COLUMNS, rows_max):
+            done += len(chunk)
+            if progress:
+                progress(done, wanted)
             if kind == "NOTE":
                 totals.notes += parse_notes(chunk["note"])
             elif kind == "LOSS":
@@ -100,6 +125,9 @@ def add_up(path: Path, rows_max: int = CHUNK_ROWS) -> Totals:
             else:
                 adders[kind](totals, chunk)
         totals.info = reader.info()
+    if totals.info["merged"].get("boots", 1) != 1:
+        # What was freed may have been a frame of that number on another host.
+        totals.blocks = totals.blocks.iloc[:0]
     for vm, tgid in _noted_vms(totals.notes):
         totals.processes.setdefault(vm, tgid)
     for (kind, _), counts in newest.items():
@@ -133,8 +161,15 @@ def _add_faults(totals: Totals, table: pd.DataFrame) -> None:
         page=page_class(table),
         mapped=table["result"].isin(MAPPED),
         uncounted=not_counted(table),
+        path=path_of(table),
+        ahead=table["prefetch"].fillna(False).astype(bool),
+        place=_whole(table["slot"], -1).where(table["t_faultin"].notna(), NO_FAULTIN),
+        space=_whole(table["as_id"], 0),
     )
     totals.faults += _count(table, ["vm", "vcpu", "result"])
+    totals.paths += _count(table, ["path", "result", "ahead"])
+    totals.slots += _count(table, ["vm", "space", "place", "result"])
+    _add_stages(totals, table)
     for name, size in table["page"].value_counts().items():
         totals.pages[name, 0] += int(size)
     _add_counts(totals, table)
@@ -164,6 +199,22 @@ def _add_counts(totals: Totals, table: pd.DataFrame) -> None:
         }
     )
     totals.counts += _count(pairs, ["outcome", "before", "after"])
+
+
+def _add_stages(totals: Totals, table: pd.DataFrame) -> None:
+    times = stage_times(table)
+    for path, rows in table.groupby("path", observed=True, sort=False).indices.items():
+        for stage, durations in times.items():
+            reached = durations[rows]
+            reached = reached[reached >= 0]
+            if len(reached):
+                histogram = totals.stages.setdefault((str(path), stage), Histogram())
+                histogram.add(reached.astype(np.uint64))
+
+
+def _add_slots(totals: Totals, table: pd.DataFrame) -> None:
+    # A memslot that is deleted says where it was; tests make and delete one a thousand times.
+    totals.places = stack([totals.places, table]).drop_duplicates(keep="last")
 
 
 def _add_sptes(totals: Totals, table: pd.DataFrame) -> None:

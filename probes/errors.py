@@ -7,6 +7,7 @@
     │   └── ProbeLoadError       the kernel or bcc refused a program or an attachment
     ├── CommandError             the command to record could not be started      exit 127
     ├── OutputError              the trace file cannot be written
+    ├── MergeError               traces that cannot become one
     └── TraceFormatError         a file is not a trace, or is damaged
 
 Only the front door (`pfntrace.py`) turns them into a line on stderr and an exit status.
@@ -15,6 +16,7 @@ Only the front door (`pfntrace.py`) turns them into a line on stderr and an exit
 __all__ = (
     "CommandError",
     "HostError",
+    "MergeError",
     "OutputError",
     "PfntraceError",
     "ProbeLoadError",
@@ -57,6 +59,10 @@ class CommandError(PfntraceError):
 
 class OutputError(PfntraceError):
     """The trace file cannot be created or written."""
+
+
+class MergeError(PfntraceError):
+    """Traces that cannot become one."""
 
 
 class TraceFormatError(PfntraceError):

@@ -106,6 +106,8 @@ class KernelFacts:
                 "notes",
             ):
                 data[key] = tuple(data[key])
+            if not all(type(v) is int and 0 <= v < 1 << 64 for v in data["values"].values()):
+                raise ValueError("values that are no numbers of 64 bits")
             return cls(**data)
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             raise TraceFormatError(f"not the facts of a kernel: {err}") from err

@@ -60,6 +60,8 @@ HOOKS: tuple[Hook, ...] = (
         "guest page faults cannot be seen",
         required=True,
     ),
+    # kvm_mmu_do_page_fault() may call it directly where the compiler kept it.
+    Hook("fault_tdp_mmu", ("kvm_tdp_mmu_page_fault",), "kp_fault_tdp_mmu", "kr_fault"),
     Hook(
         "fault_shadow",
         ("nonpaging_page_fault", "paging64_page_fault", "paging32_page_fault", "ept_page_fault"),
@@ -146,6 +148,9 @@ HOOKS: tuple[Hook, ...] = (
     Hook("finish_fault", ("kvm_mmu_finish_page_fault",), "kp_finish_fault"),
     Hook("mark_pfn_accessed", ("kvm_set_pfn_accessed",), "kp_mark_pfn_accessed"),
     Hook("mark_pfn_dirty", ("kvm_set_pfn_dirty",), "kp_mark_pfn_dirty"),
+    # Exported by the series "allow mapping non-refcounted pages", elsewhere inlined.
+    Hook("mark_page_accessed", ("kvm_set_page_accessed",), "kp_mark_page_accessed"),
+    Hook("mark_page_dirty", ("kvm_set_page_dirty",), "kp_mark_page_dirty"),
     Hook(
         "invalidate_start",
         ("kvm_mmu_notifier_invalidate_range_start",),

@@ -320,6 +320,8 @@ def _optional_defines(facts: KernelFacts, choices: dict[str, HookChoice]) -> dic
         found["HAVE_finish_fault"] = 1
     if "release_pfn_clean" in choices:
         found["HAVE_release_pfn"] = 1
+    if "mark_page_accessed" in choices or "mark_page_dirty" in choices:
+        found["HAVE_mark_page"] = 1
     for name in ("gup", "map", "spte"):
         if name in choices:
             found[f"HAVE_{name}"] = 1

@@ -121,6 +121,23 @@ def _plain_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(texts), buffers)
 
 
+def _renamed(array: pa.DictionaryArray, names: Any) -> tuple[int, list[pa.Buffer | None], int]:
+    """Return rows, buffers and nulls of a column of names whose numbers are those of `names`."""
+    at = np.frombuffer(array.indices.buffers()[1], "i1")[array.offset : array.offset + len(array)]
+    ours, theirs = names.to_pylist(), array.dictionary.to_pylist()
+    missing = len(ours)
+    number = np.array([ours.index(n) if n in ours else missing for n in theirs], "i2")
+    null = np.zeros(len(array), bool)
+    if array.null_count:
+        bits = np.unpackbits(np.frombuffer(array.buffers()[0], "u1"), bitorder="little")
+        null = bits[array.offset : array.offset + len(array)] == 0
+    found = number[np.where(null, 0, at)]
+    if (found[~null] == missing).any():
+        raise ValueError("a name that no pfntrace of this version writes")
+    validity, nulls = _validity(null)
+    return len(array), [validity, pa.py_buffer(found.astype("i1"))], nulls
+
+
 class ColumnMaker:
     """Makes the batches of one file: its names of results are those of one kernel."""
 
@@ -200,6 +217,18 @@ class ColumnMaker:
         else:
             values = gathered[step.gather]
         return self._array(step.type, rows, [validity, pa.py_buffer(values)], nulls, names)
+
+    def adopt(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return rows of another trace as rows of this one, that is with its numbers for names.
+
+        `batch` has all columns. Raises ValueError for a name that this file does not have.
+        """
+        arrays = []
+        for column, names, array in zip(schema.COLUMNS, self._names, batch.columns, strict=True):
+            if names is not None:
+                array = self._array(column.type, *_renamed(array, names), names)
+            arrays.append(array)
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def rows(self, kind: str, columns: Mapping[str, Sequence[Any]]) -> pa.RecordBatch:
         """Return rows that the recorder itself makes (LOSS, NOTE) as a batch.

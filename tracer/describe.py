@@ -37,6 +37,7 @@ def info_lines(info: dict[str, Any]) -> Iterator[str]:
     yield f"kernel      {printable(info['kernel'])}, generation {printable(info['generation'])}"
     yield f"command     {printable(' '.join(info['command']))}"
     yield f"file        {info['bytes']:,} bytes, schema {info['schema_version']}"
+    yield from _part_lines(info["merged"])
     yield "hooks"
     for hook in info["hooks"]:
         symbols = ", ".join(printable(s) for s in hook["symbols"])
@@ -44,3 +45,17 @@ def info_lines(info: dict[str, Any]) -> Iterator[str]:
     for missing in info["missing"]:
         without = printable(missing["without"] or "not of this kernel generation")
         yield f"  {printable(missing['hook']):<18}{'missing':<15}{without}"
+
+
+def _part_lines(merged: dict[str, Any]) -> Iterator[str]:
+    parts = merged.get("parts")
+    parts = [p for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
+    if parts:
+        wall = "; clocks laid over each other by the wall clock" * (merged.get("clock") == "wall")
+        yield f"merged of   {len(parts)} parts{wall}"
+    for part in parts:
+        vms, file = part.get("vms"), printable(part.get("file", ""))
+        named = isinstance(vms, list) and len(vms) == 2
+        which = printable(f"VMs {vms[0]}-{vms[1]}") if named else "no VM"
+        host = printable(part.get("hostname", ""))
+        yield f"  {file:<24}{host:<14}{which}, from {printable(part.get('start', ''))}"

@@ -20,7 +20,7 @@ from tracer.timeorder import rows_at, values
 from tracer.tracefile import TraceReader
 from tracer.tracemeta import parse_json
 
-__all__ = ("LINE_MAX", "dump_json", "dump_lines")
+__all__ = ("LINE_MAX", "dump_json", "dump_lines", "record_line")
 
 #: Columns of a terminal that a line may take; what is longer is cut and ends in "…".
 LINE_MAX = 120
@@ -49,10 +49,18 @@ def dump_lines(
     """
     start = reader.meta.start_monotonic_ns
     for row in _rows(reader, kinds, gfns, limit):
-        line = f"{_prefix(row, start)} {_text(row)}"
-        if not line.isprintable():
-            line = printable(line)
-        yield line if len(line) <= LINE_MAX else line[: LINE_MAX - 1] + "…"
+        yield record_line(row, start)
+
+
+def record_line(row: Row, start: int) -> str:
+    """Return the line of one record: a dict of the columns that its kind fills.
+
+    `start` is when the recording began, ns.
+    """
+    line = f"{_prefix(row, start)} {_text(row)}"
+    if not line.isprintable():
+        line = printable(line)
+    return line if len(line) <= LINE_MAX else line[: LINE_MAX - 1] + "…"
 
 
 def dump_json(

@@ -98,6 +98,17 @@ def process_start() -> float:
     return time.monotonic() - age
 
 
+def boot_id(proc: Path = Path("/proc")) -> str:
+    """Return the kernel's name of this boot, "" if it tells none.
+
+    Traces of one boot share CLOCK_MONOTONIC and page frames; `tracer.merge` must know.
+    """
+    try:
+        return (proc / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError if the trace could not be created, before anything slow is done."""
     folder = path.parent
@@ -142,7 +153,11 @@ def _meta(
         hostname=platform.node(),
         facts=facts.to_json(),
         profile=profile,
-        settings={**settings._asdict(), **dataclasses.asdict(options)},
+        settings={
+            **settings._asdict(),
+            **dataclasses.asdict(options),
+            "boot_id": boot_id(),
+        },
     )
 
 

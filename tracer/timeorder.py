@@ -3,6 +3,7 @@
 May import: numpy, pyarrow.
 """
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -10,7 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ("ORDER", "PENDING_ROWS_MAX", "Spanned", "in_time_order", "rows_at", "values")
+__all__ = (
+    "ORDER",
+    "PENDING_ROWS_MAX",
+    "Spanned",
+    "in_time_order",
+    "in_time_spans",
+    "merged",
+    "rows_at",
+    "values",
+)
 
 #: The columns that order records; nulls count as 0.
 ORDER = ("ts", "cpu", "seq")
@@ -39,6 +49,11 @@ class _Pending:
         self.ts = values(self.batch, "ts")
         self.at = 0
 
+    @property
+    def next_ts(self) -> int:
+        """Time of the first row not yet handed out; there is one."""
+        return int(self.ts[self.at])
+
     def take(self, before: int | None) -> pa.RecordBatch:
         """Return the rows not yet handed out with ts < before; all if None."""
         end = len(self.ts) if before is None else int(np.searchsorted(self.ts, np.uint64(before)))
@@ -52,36 +67,71 @@ def in_time_order(
 ) -> Iterator[pa.RecordBatch]:
     """Yield all rows of the blocks ordered by (ts, cpu, seq), in batches.
 
-    `load` reads one block; it returns None if the block is unreadable, and what precedes that
-    block in time is all that comes then. Blocks are read in order of `ts_min`, each once. Raises
-    OverflowError if more than PENDING_ROWS_MAX rows overlap in time.
+    `load` and errors are those of `in_time_spans`.
+    """
+    for span in in_time_spans(blocks, load):
+        yield merged([rows for _, rows in span])
+
+
+def in_time_spans(
+    blocks: Sequence[_Block],
+    load: Callable[[_Block], pa.RecordBatch | None],
+    rows_max: int | None = None,
+) -> Iterator[list[tuple[_Block, pa.RecordBatch]]]:
+    """Yield spans of time, each earlier than the next: the rows in it of every block that has any.
+
+    The rows of one block are ordered by (ts, cpu, seq). `load` reads one block; it returns None if
+    the block is unreadable, and what precedes that block in time is all that comes then. Blocks
+    are read in order of `ts_min`, each once. Raises OverflowError if more than `rows_max` rows
+    (PENDING_ROWS_MAX) overlap in time.
     """
     ordered = sorted(blocks, key=lambda block: block.ts_min)
-    pending: list[_Pending] = []
+    # Those whose rows come next are first, so that a span costs what it holds however many wait.
+    waiting: list[tuple[int, int, _Pending]] = []
+    held, most = 0, PENDING_ROWS_MAX if rows_max is None else rows_max
     for index, block in enumerate(ordered):
         batch = load(block)
         if batch is None:
-            yield from _merge(pending, block.ts_min)
+            if span := _take(waiting, ordered, block.ts_min):
+                yield span
             return
-        pending.append(_Pending(batch))
-        held = sum(len(p.ts) - p.at for p in pending)
-        if held > PENDING_ROWS_MAX:
-            raise OverflowError(f"more than {PENDING_ROWS_MAX} records of the same time")
+        if len(batch):
+            pending = _Pending(batch)
+            heapq.heappush(waiting, (pending.next_ts, index, pending))
+            held += len(batch)
+        if held > most:
+            raise OverflowError(f"more than {most} records of the same time")
         if held >= _ROWS_WANTED and index + 1 < len(ordered):
-            yield from _merge(pending, ordered[index + 1].ts_min)
-            pending = [p for p in pending if p.at < len(p.ts)]
-    yield from _merge(pending, None)
+            if span := _take(waiting, ordered, ordered[index + 1].ts_min):
+                held -= sum(len(rows) for _, rows in span)
+                yield span
+    if span := _take(waiting, ordered, None):
+        yield span
 
 
-def _merge(pending: list[_Pending], before: int | None) -> Iterator[pa.RecordBatch]:
-    """Yield the pending rows before a time as one batch, none if there are none."""
-    parts = [part for part in (p.take(before) for p in pending) if len(part)]
-    if parts:
-        yield parts[0] if len(parts) == 1 else _sorted(_joined(parts))
+def _take(
+    waiting: list[tuple[int, int, _Pending]], ordered: Sequence[_Block], before: int | None
+) -> list[tuple[_Block, pa.RecordBatch]]:
+    """Return the rows before a time, all if None, in order of the blocks."""
+    taken: list[tuple[int, pa.RecordBatch]] = []
+    while waiting and (before is None or waiting[0][0] < before):
+        _, index, pending = waiting[0]
+        taken.append((index, pending.take(before)))
+        if pending.at < len(pending.ts):
+            heapq.heapreplace(waiting, (pending.next_ts, index, pending))
+        else:
+            heapq.heappop(waiting)
+    taken.sort(key=lambda part: part[0])
+    return [(ordered[index], rows) for index, rows in taken]
+
+
+def merged(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return the rows of some batches as one, ordered by (ts, cpu, seq)."""
+    return parts[0] if len(parts) == 1 else _sorted(_joined(parts))
 
 
 # pa.concat_batches() is younger than the oldest pyarrow that we support.
-def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
+def _joined(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
 
 
@@ -103,13 +153,11 @@ def _sorted(batch: pa.RecordBatch) -> pa.RecordBatch:
     ts = values(batch, "ts")
     if len(ts) < 2:
         return batch
-    later, equal = ts[1:] > ts[:-1], ts[1:] == ts[:-1]
-    if later.all():
+    if (ts[1:] > ts[:-1]).all():
         return batch
-    if equal.any():
+    order = np.argsort(ts, kind="stable")
+    in_order = ts[order]
+    # Equal times need not stand side by side before they are sorted.
+    if (in_order[1:] == in_order[:-1]).any():
         order = np.lexsort([values(batch, name) for name in reversed(ORDER)])
-        if (order[1:] > order[:-1]).all():
-            return batch
-    else:
-        order = np.argsort(ts, kind="stable")
-    return rows_at(batch, order)
+    return batch if (order[1:] > order[:-1]).all() else rows_at(batch, order)

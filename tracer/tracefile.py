@@ -35,11 +35,13 @@ What a reader can rely on:
   unpacking, names and texts all have limits, in `tracer.tracescan` and `tracer.tracecheck`.
 
 Writing and reading are `tracer.tracewriter` and `tracer.tracereader`; this module is their door.
+A merged trace has several recordings in it: `recordings` (`tracer.traceview`) gives each of them.
 May import: these and `tracer.tracemeta`.
 """
 
 from tracer.tracemeta import TraceMeta
 from tracer.tracereader import TraceReader
+from tracer.traceview import recordings
 from tracer.tracewriter import TraceWriter
 
-__all__ = ("TraceMeta", "TraceReader", "TraceWriter")
+__all__ = ("TraceMeta", "TraceReader", "TraceWriter", "recordings")

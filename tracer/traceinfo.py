@@ -15,6 +15,9 @@ __all__ = ("describe",)
 
 _COUNTS = ("produced", "lost", "filtered", "torn")
 
+#: Longest reason that is taken from a file.
+_REASON_MAX = 1000
+
 #: Keys of one hook, of one missing hook, and what stands where a file does not say.
 _HOOK = {"hook": "", "symbols": [], "how": "", "note": ""}
 _MISSING = {"hook": "", "tried": [], "why": "", "without": "", "required": False}
@@ -32,7 +35,8 @@ def describe(
     produced, lost, filtered, torn
                         the kernel's counters, summed: of the end mark's summary if it names them,
                         else of the newest LOSS rows
-    complete, reason    does the file end with its end mark, and if not, why
+    complete, reason    does the file end with its end mark, and if not, why; of a merged trace
+                        also, do all of its parts
     kernel, generation, hooks, missing, command, hostname, pfntrace_version, schema_version
                         from the head of the file
     start, start_unix_ns, duration_s
@@ -40,11 +44,13 @@ def describe(
     vms                 {vm, tgid} of each VM record
     summary             what the recorder said at the end, {} if it did not
     bytes               size of the file
+    merged              of a merged trace its parts, see `tracer.mergeplan.provenance`; else {}
     """
     end = _end_mark(blocks, rows)
     if end is None and not problem:
         problem = "no end mark before the end of the stream"
     summary = _dict(end or {}, "end")
+    problem = problem or str(summary.get("incomplete") or "")[:_REASON_MAX]
     totals = _dict(end, "losses") if end is not None else _newest_losses(blocks, rows)
     kinds = dict.fromkeys(schema.RECORD_KINDS, 0)
     for block in blocks:
@@ -71,6 +77,7 @@ def describe(
         "bytes": size,
         "vms": _vms(blocks, rows),
         "summary": summary,
+        "merged": _dict(meta.settings, "merged"),
     }
 
 

@@ -21,6 +21,9 @@ HEAD_BYTES_MAX = 4 << 20
 META_KEY = "pfntrace"
 CRC_KEY = "pfntrace.crc"
 
+#: The kernel's times are signed 64-bit numbers of ns (ktime_t).
+_TIME_END = 1 << 63
+
 #: Deepest nesting of JSON in a trace; what is within it can be written out again.
 _DEPTH_MAX = 64
 
@@ -107,6 +110,9 @@ class TraceMeta:
         for name, kind in _TYPES.items():
             if not isinstance(data[name], kind):
                 raise TraceFormatError(f"its head is wrong: {name} is no {kind.__name__}")
+        if not (-_TIME_END <= data["start_unix_ns"] < _TIME_END
+                and 0 <= data["start_monotonic_ns"] < _TIME_END):  # fmt: skip
+            raise TraceFormatError("its head is wrong: no time at which a recording can begin")
         meta = cls(**data)
         try:
             meta.results  # noqa: B018 - a property that must not fail later

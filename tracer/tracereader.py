@@ -77,6 +77,7 @@ class _Decoder:
         self._feed.put(head)
         self._columns = list(columns)
         fields = [i for i, column in enumerate(schema.COLUMNS) if column.name in self._columns]
+        self._named = [c.name for c in schema.COLUMNS if c.names and c.name in self._columns]
         options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         self._arrow = pa.ipc.open_stream(pa.PythonFile(self._feed, mode="r"), options=options)
 
@@ -86,6 +87,7 @@ class _Decoder:
             self._feed.put(message)
             batch = self._arrow.read_next_batch()
             batch.validate(full=True)
+            self._check_names(batch)
         except (pa.ArrowException, OSError, StopIteration) as err:
             raise Malformed("Arrow cannot read it") from err
         if "kind" in self._columns and not _is_all(batch.column("kind"), block.kind):
@@ -95,6 +97,14 @@ class _Decoder:
             if ts.min() != block.ts_min or ts.max() != block.ts_max:
                 raise Malformed("other times than its head says")
         return batch.select(self._columns)
+
+    def _check_names(self, batch: pa.RecordBatch) -> None:
+        # Once is enough: they stand before the first batch, and only there.
+        for name in self._named:
+            names = batch.column(name).dictionary.to_pylist()
+            if len(set(names)) < len(names):
+                raise Malformed("a name that stands for two numbers")
+        self._named = []
 
 
 def _is_all(column: pa.DictionaryArray, name: str) -> bool:
@@ -187,6 +197,16 @@ class TraceReader:
             raise TraceFormatError(
                 f"{self.path}: {err}; no recorder of pfntrace wrote this"
             ) from err
+
+    def blocks(self) -> list[Block]:
+        """Return all batches by their heads, in file order, for who reads several files at once."""
+        return self._blocks(None)
+
+    def loader(
+        self, columns: Sequence[str] | None = None
+    ) -> Callable[[Block], pa.RecordBatch | None]:
+        """Return a function that reads one of `blocks`; it returns None where that is damaged."""
+        return self._loader(_checked_columns(columns))
 
     def info(self, *, verify: bool = False) -> dict[str, Any]:
         """Return what the file holds, as plain JSON; see `tracer.traceinfo.describe`.

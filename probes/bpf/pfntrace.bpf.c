@@ -679,6 +679,16 @@ int kp_fault_tdp(struct pt_regs *ctx)
 	return 0;
 }
 
+/* kvm_tdp_mmu_page_fault(): what kvm_tdp_page_fault() calls, if it was not inlined there. */
+int kp_fault_tdp_mmu(struct pt_regs *ctx)
+{
+	struct thread_state *st = open_fault();
+
+	if (!st || st->fault != ctx->si)
+		on_fault_enter(ctx->di, ctx->si, MMU_TDP);
+	return 0;
+}
+
 int kp_fault_shadow(struct pt_regs *ctx)
 {
 	on_fault_enter(ctx->di, ctx->si, MMU_SHADOW);
@@ -1126,6 +1136,10 @@ RELEASE_PFN(mark_pfn_dirty, CALL_MARK_DIRTY)
 #endif
 RELEASE_PAGE(release_page_clean, CALL_PAGE_CLEAN)
 RELEASE_PAGE(release_page_dirty, CALL_PAGE_DIRTY)
+#if HAVE_mark_page
+RELEASE_PAGE(mark_page_accessed, CALL_MARK_ACCESSED)
+RELEASE_PAGE(mark_page_dirty, CALL_MARK_DIRTY)
+#endif
 
 #if HAVE_finish_fault
 /*

@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     runs.add_argument("--kernel", choices=tuple(KERNELS), required=True)
     runs.add_argument("--out", type=Path, required=True, help="gets what COMMAND left in /out")
     runs.add_argument("--kvm", metavar="NAME", help="a changed KVM of tests/lab/kvm")
+    runs.add_argument("--module", metavar="NAME", help="a kernel module of tests/lab/modules")
     runs.add_argument("--npt", choices=("on", "off"), help="nested paging; off: the shadow MMU")
     runs.add_argument("--no-kvm", action="store_true", help="do not load kvm_amd")
     runs.add_argument("--device", choices=DEVICES, help="a graphics device and its driver")
@@ -89,6 +90,7 @@ def _run(parsed: argparse.Namespace) -> int:
     options = RunOptions(
         npt=parsed.npt,
         kvm=parsed.kvm,
+        module=parsed.module,
         load_kvm=not parsed.no_kvm,
         device=parsed.device,
         smp=parsed.smp,

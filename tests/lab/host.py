@@ -59,7 +59,10 @@ def run(
     except FileNotFoundError:
         raise LabError(f"{words[0]} is not installed: run `tests/lab/lab build`") from None
     if done.returncode not in allowed:
-        tail = " / ".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        said = (done.stderr or done.stdout).strip().splitlines()
+        # make only repeats that something below it failed.
+        telling = [line for line in said if not line.startswith("make")] or said
+        tail = " / ".join(telling[-5:])
         raise LabError(f"`{shlex.join(words)[:300]}` failed ({done.returncode}): {tail}")
     return done.stdout
 

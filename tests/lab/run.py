@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import host, rootfs, workloads
+from . import host, kvmbuild, rootfs, workloads
 from .cache import cache_dir
 from .errors import LabError
 from .kernels import LabKernel, kernel
+from .kvmchange import load_change
 from .vm import Disk, Guest, Qemu
 
 __all__ = ("DEVICES", "LabResult", "Pieces", "RunOptions", "build", "run_in_lab", "stage_project")
@@ -34,6 +35,8 @@ BUILD_TOOLS = {**rootfs.HOST_TOOLS, **workloads.HOST_TOOLS, "qemu-system-x86_64"
 RUN_TOOLS = {"git": "git", "mke2fs": "e2fsprogs", "qemu-system-x86_64": "qemu-system-x86"}
 DEVICES = ("qxl",)
 NPT_PARAMETER = {"on": "1", "off": "0", None: ""}
+# A changed KVM may log a line for each of thousands of times that its bug happened.
+CHANGED_KVM_ARGUMENTS = "log_buf_len=16M"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class RunOptions:
     """``on``, ``off`` (the shadow MMU), or None for KVM's own choice, which is on."""
     kvm: str | None = None
     """A changed KVM of tests/lab/kvm/, or None for Debian's."""
+    module: str | None = None
+    """A kernel module of tests/lab/modules/ to load, or None."""
     load_kvm: bool = True
     device: str | None = None
     smp: int = 2
@@ -129,12 +134,17 @@ def run_in_lab(
     _check(options)
     begun = time.monotonic()
     pieces = build([kernel])[kernel]
+    changed, driver = _changed_kvm(kernel, options), _driver(kernel, options)
     given = {"stdout": stdout, "stderr": stderr}
     capture = _Capture({name: sink for name, sink in given.items() if sink})
     out.mkdir(parents=True, exist_ok=True)
     with _run_dir() as work:
         project = stage_project(work / "stage/project", pieces.root)
         _write_options(project.parent, command, options)
+        if changed:
+            shutil.copytree(changed, project.parent / "kvm")
+        if driver:
+            shutil.copytree(driver, project.parent / "modules")
         rootfs.make_image(project.parent, work / "run.ext4", slack_mib=4)
         host.run(["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", str(work / "out.ext4"), OUT_SIZE])
         guest = Guest(_qemu(kernel, pieces, work, options), work / "console")
@@ -151,13 +161,28 @@ def run_in_lab(
 
 def _check(options: RunOptions) -> None:
     if options.kvm is not None:
-        folders = (rootfs.HERE / "kvm").glob("*/")
-        names = ", ".join(sorted(path.name for path in folders)) or "none yet"
-        raise LabError(f"no changed KVM {options.kvm!r} in tests/lab/kvm; available: {names}")
+        load_change(options.kvm)
+        if not options.load_kvm:
+            raise LabError("a changed KVM that is not loaded changes nothing")
     if options.device not in (None, *DEVICES):
         raise LabError(f"no device {options.device!r}: the lab knows {', '.join(DEVICES)}")
+    if options.module not in (None, *kvmbuild.driver_names()):
+        known = ", ".join(kvmbuild.driver_names())
+        raise LabError(f"no module {options.module!r} in tests/lab/modules; available: {known}")
     if options.npt not in NPT_PARAMETER:
         raise LabError(f"npt is on or off, not {options.npt!r}")
+
+
+def _changed_kvm(key: str, options: RunOptions) -> Path | None:
+    if options.kvm is None:
+        return None
+    return kvmbuild.changed_kvm(kernel(key), load_change(options.kvm))
+
+
+def _driver(key: str, options: RunOptions) -> Path | None:
+    if options.module is None:
+        return None
+    return kvmbuild.driver(kernel(key), options.module)
 
 
 # A run's own folder. Those of runs that were killed are removed by the next one.
@@ -211,7 +236,8 @@ def _qemu(key: str, pieces: Pieces, work: Path, options: RunOptions) -> Qemu:
         Disk("run", work / "run.ext4"),
         Disk("out", work / "out.ext4", keep=True),
     )
-    append = " ".join([KERNEL_ARGUMENTS, *kernel(key).append, options.append])
+    changed = [CHANGED_KVM_ARGUMENTS] if options.kvm else []
+    append = " ".join([KERNEL_ARGUMENTS, *kernel(key).append, *changed, options.append])
     return Qemu(
         vmlinuz=pieces.kernel / "vmlinuz",
         initrd=pieces.initrd / "initrd",

@@ -48,8 +48,13 @@ SELFTESTS = {
     "x86_64/svm_nested_shutdown_test": "a nested guest that dies",
     "x86_64/svm_vmcall_test": "the smallest nested guest",
 }
-OUR_PROGRAMS = {"prime-guest": "prime_guest.c", "ttm-guest": "ttm_guest.c"}
-OUR_FLAGS = "-static -O2 -g0 -std=gnu11 -Wall -Wextra -Werror".split()
+OUR_PROGRAMS = {
+    "pages-guest": "pages_guest.c",
+    "prime-guest": "prime_guest.c",
+    "race-guest": "race_guest.c",
+    "ttm-guest": "ttm_guest.c",
+}
+OUR_FLAGS = "-static -pthread -O2 -g0 -std=gnu11 -Wall -Wextra -Werror".split()
 
 
 def workloads() -> Path:

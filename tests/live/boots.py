@@ -39,6 +39,7 @@ BOOTS: dict[str, Boot] = {
         for kernel in _KERNELS
         for npt in (True, False)
     },
+    **{f"{kernel}-large": Boot(kernel, "large") for kernel in _KERNELS},
     "6.12-ttm": Boot("6.12", "ttm", device="qxl"),
     "7.3-ttm": Boot("7.3", "ttm", device="qxl"),
     "7.3-attach": Boot("7.3", "attach"),

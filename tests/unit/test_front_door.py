@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import pfntrace
+from probes.arguments import parse_frames
 from probes.errors import CommandError, HostError, UsageError
+from tracer.closing import closing_lines, exit_status, size
 from tracer.doctor import examine
 from tracer.kernel import Counts
 from tracer.observe import observe
@@ -52,7 +54,7 @@ def outcome(why: str = "command", problem: str = "", lost: int = 0, **changes) -
 
 
 def summary(ended: Outcome, status: int = 0) -> list[str]:
-    return list(pfntrace._summary(Path("x.pfnt"), ended, RecordOptions(), status))
+    return list(closing_lines(Path("x.pfnt"), ended, RecordOptions(), status))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def test_a_reader_that_left_before_is_no_error(buffered):
     ],
 )
 def test_the_exit_status_says_how_it_ended(ended, status, fail_on_loss, expected):
-    assert pfntrace._exit_status(ended, status, fail_on_loss=fail_on_loss) == expected
+    assert exit_status(ended, status, fail_on_loss=fail_on_loss) == expected
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_a_recording_without_faults_asks_whether_it_was_the_right_vm():
     ],
 )
 def test_sizes_are_for_people(count, text):
-    assert pfntrace._size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -310,4 +312,4 @@ def test_sizes_are_for_people(count, text):
     [("5", (5, 5)), ("0x10-0x1f", (16, 31)), ("0-0", (0, 0)), (f"0-{2**52 - 1}", (0, 2**52 - 1))],
 )
 def test_a_range_of_frames_is_read_in_any_base(text, gfns):
-    assert pfntrace._parse_gfns(text) == gfns
+    assert parse_frames(text) == gfns

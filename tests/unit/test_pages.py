@@ -122,9 +122,9 @@ def test_flags_of_a_mapping_read_the_same_from_both_witnesses():
 # --- why a fault failed ---------------------------------------------------------------------------
 
 
-def spoken(lines):
-    """Return lines as one running text."""
-    return " ".join(" ".join(lines).split())
+def spoken(entry):
+    """Return an entry as one running text."""
+    return " ".join([entry.lead, *(f"{label} {fact}" for label, fact in entry.facts)])
 
 
 FAILED = {

@@ -63,6 +63,20 @@ def test_the_out_of_tree_series_is_known_by_the_field_it_adds(member):
     assert generation_of(series) == "G1"
 
 
+def test_what_only_some_builds_have_as_symbols_is_hooked_there_and_nowhere_else():
+    # Given a kernel with the calls that the series exports, and a page fault handler kept apart
+    facts = facts_of("6.12")
+    kept = ("kvm_set_page_accessed", "kvm_set_page_dirty", "kvm_tdp_mmu_page_fault")
+    series = choose_profile(dataclasses.replace(facts, symbols=(*facts.symbols, *kept)))
+    stock = choose_profile(facts)
+
+    hooks = {"mark_page_accessed", "mark_page_dirty", "fault_tdp_mmu"}
+    assert hooks <= set(symbols_of(series)) and series.defines["HAVE_mark_page"] == "1"
+    # then the others neither attach them nor compile them nor complain of them
+    assert not hooks & set(symbols_of(stock)) and "HAVE_mark_page" not in stock.defines
+    assert not any(missing.without for missing in stock.missing if missing.hook in hooks)
+
+
 @pytest.mark.parametrize("name", ["6.1", "6.12", "6.12-shadow", "7.3", "7.3-shadow"])
 def test_every_kernel_of_the_lab_has_all_that_is_required(name):
     profile = choose_profile(facts_of(name))

@@ -9,7 +9,7 @@ from unit.test_doctor import facts_of
 
 from probes.errors import CommandError, HostError, OutputError, ProbeLoadError, UsageError
 from tracer import recording
-from tracer.recording import check_output, default_output, process_start, record_to
+from tracer.recording import boot_id, check_output, default_output, process_start, record_to
 from tracer.session import Outcome, RecordOptions
 from tracer.tracefile import TraceReader
 
@@ -292,3 +292,11 @@ def test_the_start_of_this_process_lies_in_the_past():
     import time
 
     assert 0 < time.monotonic() - process_start() < 24 * 3600
+
+
+def test_a_trace_names_its_boot_if_the_kernel_does(tmp_path):
+    assert boot_id(tmp_path) == ""
+    file = tmp_path / "sys/kernel/random/boot_id"
+    file.parent.mkdir(parents=True)
+    file.write_text("0f3a-77\n")
+    assert boot_id(tmp_path) == "0f3a-77"

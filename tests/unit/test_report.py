@@ -1,24 +1,19 @@
 """`pfntrace report`: what it says of real traces, of made ones, and of files from strangers."""
 
+import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from unit.made import ERR_FAULT, KINDS, events, faults, sptes, write
 
-from analysis.report import report_lines
+from analysis.report import report_lines, write_report
 from analysis.totals import add_up
 from probes import wire
 from probes.errors import TraceFormatError
-from tracer.schema import SCHEMA_VERSION
-from tracer.tracefile import TraceMeta, TraceWriter
 
 TRACES = Path(__file__).parent / "traces"
-KINDS = wire.KINDS
-ALL_ONES = (1 << 64) - 1
-ERR_FAULT = 0x7FF << 52
-RESULTS = {"1": "retry", "2": "emulate", "4": "invalid", "5": "fixed", "6": "spurious"}
 
 
 def spoken(lines):
@@ -88,77 +83,6 @@ def test_short_chunks_add_up_to_the_same(name):
 
 
 # --- whole traces ---------------------------------------------------------------------------------
-
-
-def faults(count, **fields):
-    """Return FAULT records of VM 1 that fixed one page each; `fields` overrides."""
-    records = np.zeros(count, wire.FAULT)
-    records["h"]["kind"] = KINDS.index("FAULT")
-    records["h"]["ts"] = np.arange(count) + 1000
-    records["h"]["tgid"], records["h"]["vm"], records["h"]["stack"] = 219, 1, -1
-    records["gfn"] = np.arange(count)
-    records["hva"] = 0x7000_0000 + np.arange(count) * 4096
-    records["pfn"] = 0x1000 + np.arange(count)
-    records["walk_pfn"] = ALL_ONES
-    records["level"], records["mmu"], records["slot"], records["ret"] = 1, 1, 1, 5
-    records["refcounted"] = 2
-    for page, refcount in (("page", 3), ("page_end", 2)):
-        records[page]["bits"], records[page]["refcount"] = 1, refcount
-    for name, value in fields.items():
-        records[name] = value
-    return records
-
-
-def events(kind, count, op=None, **fields):
-    """Return records of another kind of VM 1."""
-    records = np.zeros(count, wire.EVENT)
-    records["h"]["kind"], records["h"]["vcpu"] = KINDS.index(kind), -1
-    records["h"]["op"] = wire.OPS.index(op) if op else 0
-    records["h"]["ts"] = np.arange(count) + 2000
-    records["h"]["vm"] = 1
-    for name, value in fields.items():
-        records[name] = value
-    return records
-
-
-def sptes(count, op, cause="fault", level=1):
-    found = events("SPTE", count, op, level=level, mmu=1, cause=wire.CAUSES.index(cause))
-    found["gfn"], found["pfn"] = np.arange(count), 0x1000 + np.arange(count)
-    found["page"]["bits"], found["page"]["refcount"] = 1, 3
-    return found
-
-
-def write(path, *groups, notes=(), summary=None, losses=None, complete=True, **meta):
-    """Write a trace of groups of records."""
-    profile = {
-        "generation": meta.pop("generation", "G0b"),
-        "hooks": [{"hook": "gup"}, {"hook": "walk"}],
-        "missing": meta.pop("missing", []),
-        "results": RESULTS,
-    }
-    known: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "pfntrace_version": "0",
-        "command": ("pfntrace", "record"),
-        "start_unix_ns": 0,
-        "start_monotonic_ns": 0,
-        "hostname": "",
-        "facts": '{"release": "6.12.0"}',
-        "profile": profile,
-    }
-    writer = TraceWriter(path, TraceMeta(**(known | meta)))
-    for records in groups:
-        writer.write_group([(KINDS[records["h"]["kind"][0]], records)])
-    for note in notes:
-        writer.write_note(note, ts=1)
-    if losses:
-        writer.write_losses(losses, ts=1)
-    if complete:
-        writer.close(summary or {}, ts=1)
-    else:
-        writer.flush()
-        writer.abandon()
-    return path
 
 
 def test_a_trace_without_faults_says_what_to_look_at(tmp_path):
@@ -238,6 +162,167 @@ def test_missing_hooks_say_what_cannot_be_seen(tmp_path):
         "Hook gup is not attached to hva_to_pfn: busy.",
     ]
     assert "root_work" not in spoken(lines)
+
+
+# --- paths, stages, memslots, lifetimes -----------------------------------------------------------
+
+
+def staged(count, **fields):
+    """Return faults that went through every stage, at 1, 2, 10, 12, 15 and 40 us."""
+    made = faults(count, **fields)
+    made["h"]["fault_ts"] = made["h"]["ts"] + np.arange(count) * 1_000_000
+    made["h"]["ts"] = made["h"]["fault_ts"] + 40_000
+    for name, us in (("faultin", 1), ("gup", 2), ("gup_end", 10), ("faultin_end", 12), ("map", 15)):
+        made[f"t_{name}"] = us * 1000
+    return made
+
+
+def test_faults_are_told_apart_by_the_hooks_they_reached(tmp_path):
+    # GIVEN a fault of each path
+    made = staged(8)
+    for name in ("t_faultin", "t_gup", "t_gup_end", "t_faultin_end"):
+        made[name][:3] = wire.NEVER_REACHED
+    made["ret"][1:3], made["mmu"][1] = (1, 2), 2
+    made["walk_pfn"][3] = made["pfn"][3]
+    made["t_gup"][5:7], made["t_gup_end"][5:7] = wire.NEVER_REACHED, wire.NEVER_REACHED
+    made["slot"][5], made["ret"][5:7] = -1, (2, 1)
+    made["prefetch"][7] = 1
+    # WHEN
+    lines = report(write(tmp_path / "t.pfnt", made))
+    # THEN
+    at = lines.index("Faults by path")
+    assert lines[at + 1 : at + 9] == [
+        "  path         fixed  retry  emulate  all  prefetch",
+        "  lockless         1      -        -    1         -",
+        "  guest's own      -      1        -    1         -",
+        "  early            -      -        1    1         -",
+        "  PFNMAP           1      -        -    1         -",
+        "  GUP              2      -        -    2         1",
+        "  MMIO             -      -        1    1         -",
+        "  no GUP           -      1        -    1         -",
+    ]
+    assert "GUP: the page came by get_user_pages, fast or slow: the records cannot tell" in (
+        spoken(lines)
+    )
+
+
+def test_without_the_gup_hook_nobody_knows_the_path(tmp_path):
+    made = staged(2)
+    made["t_gup"], made["t_gup_end"] = wire.NEVER_REACHED, wire.NEVER_REACHED
+    failed = {"failed": {"hook": "gup", "symbol": "hva_to_pfn", "why": "busy"}}
+    text = spoken(report(write(tmp_path / "t.pfnt", made, notes=[failed])))
+    assert "not known 2 2 not known: fault-in, but by which way was not seen" in text
+    assert "no GUP" not in text
+
+
+def test_the_stages_of_a_fault_add_up_to_it(tmp_path):
+    # GIVEN 10 faults of 40 us, one of them twice as long, and one that gave up after fault-in
+    made = staged(11)
+    made["h"]["ts"][9] += 40_000
+    made["t_map"][10], made["ret"][10] = wire.NEVER_REACHED, 1
+    path = write(tmp_path / "t.pfnt", made)
+    # WHEN
+    data = json.loads(write_report(path, as_data=True)[0])
+    # THEN every stage is what the hooks measured; of fewer than 100 faults there is no 99 %
+    stages = {row["stage"]: row["times"] for row in data["stages"]}
+    whole = stages["all"]
+    assert (whole["n"], whole["p99"], whole["max"]) == (11, None, 80_000)
+    medians = {name: times["p50"] for name, times in stages.items()}
+    assert list(medians) == [
+        *("all", "entry", "before hva_to_pfn", "hva_to_pfn", "after hva_to_pfn", "lock", "map"),
+        "give up",
+    ]
+    exact = [40_000, 1000, 1000, 8000, 2000, 3000, 25_000, 28_000]
+    assert list(medians.values()) == pytest.approx(exact, rel=0.004)
+    assert stages["give up"] == {"n": 1, "p50": 28000, "p90": None, "p99": None, "max": 28000}
+
+
+def test_faults_of_a_memslot_say_where_it_is_and_what_is_behind_it(tmp_path):
+    # GIVEN a slot that moved, one that nobody touched, MMIO, and a fault that never asked for one
+    moved = events("SLOT", 2, "create", a=16, b=0x7000_0000, d=1)
+    moved["gfn"] = (0x0, 0x1000)
+    other = events("SLOT", 1, "create", a=1, b=0x9000_0000, d=7)
+    made = staged(4)
+    made["ret"][1], made["slot"][2] = 1, -1
+    made["t_faultin"][3], made["slot"][3] = wire.NEVER_REACHED, -1
+    slot = {"vm": 1, "slot": 1}
+    vma = {"start": 0x7000_0000, "end": 0x7001_0000, "path": "/dev/shm/ram", "flags": []}
+    path = write(tmp_path / "t.pfnt", moved, other, made, notes=[{"slot": slot, "vmas": [vma]}])
+    # WHEN
+    lines = report(path)
+    at = lines.index("Faults by memslot")
+    # THEN
+    assert spoken(lines[at + 1 : at + 8]) == (
+        "VM slot fixed retry where, and what is behind it "
+        "1 1 1 1 gfn 0x1000-0x100f (64 KiB), last of 2 places, /dev/shm/ram "
+        "1 7 - - gfn 0x0-0x0 (4 KiB), a mapping whose file is not known "
+        "1 ? 1 - ended before fault-in, which would name the slot "
+        "1 none 1 - MMIO"
+    )
+
+
+def test_lifetimes_in_short(tmp_path):
+    # GIVEN a VM with mappings of which some end, and one that was there before
+    vm = events("VM", 1, "create")
+    born, died = sptes(5, "install"), sptes(3, "zap", "notifier")
+    vm["h"]["ts"], died["h"]["ts"] = 1, died["h"]["ts"] + 50_000
+    before = sptes(1, "zap", level=2)
+    before["h"]["vm"], before["gfn"] = 2, 1 << 20
+    # WHEN
+    lines = report(write(tmp_path / "t.pfnt", vm, born, died, before))
+    # THEN
+    assert "  4K     counted       5       -      2  50.0 us     -     -  50.0 us" in lines
+    assert "  2M     counted       1       1      -        -     -     -        -" in lines
+    text = spoken(lines)
+    assert "of those the length is not known" in text
+    assert "Ended by: zap (notifier) 3, not seen 2, zap (fault) 1." in text
+
+
+def test_a_merged_trace_names_its_parts(tmp_path):
+    parts = [{"file": "a.pfnt"}, {"file": EVIL}, 3, {}]
+    path = write(tmp_path / "t.pfnt", settings={"merged": {"parts": parts}})
+    assert "merged of 3 parts: a.pfnt, \\x1b[2J" in spoken(report(path))
+    assert len(json.loads(write_report(path, as_data=True)[0])["parts"]) == 3
+
+
+# --- the same as JSON -----------------------------------------------------------------------------
+
+
+def test_json_has_the_same_facts(tmp_path):
+    # GIVEN a real trace
+    path = TRACES / "ttm-6.12.pfnt"
+    # WHEN
+    text = spoken(report(path))
+    printed = "\n".join(write_report(path, as_data=True))
+    data = json.loads(printed)
+    # THEN what the text says is there, as numbers
+    assert data["verdict"] == "nothing lost; complete" and data["generation"] == "G0b"
+    assert data["results"] == [
+        {"vm": 1, "result": "fixed", "faults": 2},
+        {"vm": 1, "result": "error", "faults": 1},
+    ]
+    assert f"all {sum(data['records'].values())}" in text
+    (row,) = data["failures"]
+    assert (row["failure"]["reason"], row["failure"]["errno"]) == ("uncounted", 14)
+    assert row["failure"]["mapping"]["path"] == "/dev/dri/card0"
+    assert row["block"]["order"] == 7 and row["head"]["count"] == 1
+    assert [life["lives"] for life in data["lifetimes"]] == [2]
+    assert {finding["verdict"] for finding in data["findings"]} <= {"explained"}
+    assert data["detectors"]
+
+
+def test_json_of_a_hostile_trace_is_plain_ascii(tmp_path):
+    path = write(tmp_path / "t.pfnt", faults(1), command=("pfntrace", EVIL), generation=EVIL)
+    printed = "\n".join(write_report(path, as_data=True))
+    assert not [c for c in printed if not (" " <= c <= "~" or c == "\n")]
+    assert json.loads(printed)["generation"] == EVIL
+
+
+def test_json_of_a_cut_trace_says_so(tmp_path):
+    path = write(tmp_path / "t.pfnt", faults(9), complete=False)
+    data = json.loads(write_report(path, as_data=True)[0])
+    assert not data["complete"] and "no end mark" in data["reason"]
+    assert data["records"]["FAULT"] == 9
 
 
 # --- losses ---------------------------------------------------------------------------------------

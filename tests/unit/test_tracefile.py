@@ -292,6 +292,17 @@ def test_time_order_holds_over_groups_that_overlap(tmp_path):
     assert [row["ts"] for row in again] == sorted(row["ts"] for row in again)
 
 
+def test_records_of_one_time_in_two_batches_are_ordered_by_cpu(tmp_path):
+    # GIVEN batches whose last and whose middle record are of the same time
+    first = records("SLOT", 3, h__ts=[START_NS, START_NS + 1, START_NS + 9], h__cpu=[0, 0, 7])
+    second = records("VM", 3, h__ts=[START_NS + 5, START_NS + 9, START_NS + 10], h__cpu=5)
+    path = write_trace(tmp_path / "x.pfnt", [[("SLOT", first), ("VM", second)]])
+    with TraceReader(path) as reader:
+        found = rows_of(reader.records(["SLOT", "VM"], columns=KEYS))
+    keys = [tuple(row.values()) for row in found]
+    assert keys == sorted(keys) and [cpu for _, cpu, _ in keys] == [0, 0, 5, 5, 7, 5]
+
+
 def test_a_flush_larger_than_a_batch_is_split_and_merged_again(tmp_path):
     # GIVEN more records of two kinds in one flush than a batch may have
     count = ROWS_MAX + 1000

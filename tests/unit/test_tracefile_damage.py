@@ -449,3 +449,18 @@ def test_a_reader_that_was_closed_says_so_in_one_line(tmp_path):
     reader.close()
     with refused("cannot be read"):
         reader.info()
+
+
+def test_a_name_that_stands_for_two_numbers_is_damage(tmp_path):
+    results = {"results": {"0": "fixed", "5": "fixed"}}
+    path = write_trace(tmp_path / "x.pfnt", [group()], profile=results)
+    with TraceReader(path) as reader:
+        assert not list(reader.records(["FAULT"]))
+        assert "stands for two numbers" in reader.info()["reason"]
+
+
+@pytest.mark.parametrize("start", [-1, 2**63, 10**30])
+def test_a_beginning_at_no_time_is_refused(tmp_path, start):
+    path = write_trace(tmp_path / "x.pfnt", [], start_monotonic_ns=start)
+    with refused("no time"):
+        TraceReader(path)

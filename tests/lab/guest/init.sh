@@ -43,9 +43,16 @@ port() {
 }
 
 load_modules() {
+	# A changed KVM takes the place of the kernel's own; this disk forgets it.
+	if [ -e /lab/kvm/kvm.ko ]; then
+		cp /lab/kvm/*.ko "/lib/modules/$(uname -r)/kernel/arch/x86/kvm/"
+	fi
 	if [ "$LAB_KVM" = 1 ]; then
 		modprobe kvm_amd ${LAB_NPT:+npt=$LAB_NPT} || echo "lab: kvm_amd does not load"
 	fi
+	for module in /lab/modules/*.ko; do
+		[ ! -e "$module" ] || insmod "$module" || echo "lab: $module does not load"
+	done
 	[ -z "$LAB_DEVICE" ] || modprobe "$LAB_DEVICE" || echo "lab: $LAB_DEVICE does not load"
 }
 

@@ -13,11 +13,12 @@
 #include "kvm_stats.h"
 
 #define VMS_MAX 64
+#define HUGE (2UL << 20)
 
 struct options {
 	uint64_t pages, base, rounds, vms;
 	double delay_s, linger_s;
-	bool by_read, prefault, stats;
+	bool by_read, prefault, huge, stats;
 };
 
 static const char usage[] =
@@ -27,6 +28,7 @@ static const char usage[] =
 	"  --base GPA     where the memslot begins (0x100000)\n"
 	"  --read         touch by reading (the zero page answers), not by writing\n"
 	"  --prefault     let the host touch each page first\n"
+	"  --huge         memory of 2 MiB pages; base and pages in multiples of that\n"
 	"  --repeat N     rounds; after each the host drops all pages (1)\n"
 	"  --vms N        that many VMs, one after the other, alive to the end (1)\n"
 	"  --delay S      wait between creating the VMs and running them (0)\n"
@@ -40,6 +42,7 @@ static struct options parse(int argc, char **argv)
 		{ "base", required_argument, NULL, 'b' },
 		{ "read", no_argument, NULL, 'r' },
 		{ "prefault", no_argument, NULL, 'p' },
+		{ "huge", no_argument, NULL, 'H' },
 		{ "repeat", required_argument, NULL, 'R' },
 		{ "vms", required_argument, NULL, 'v' },
 		{ "delay", required_argument, NULL, 'd' },
@@ -57,6 +60,7 @@ static struct options parse(int argc, char **argv)
 		case 'b': options.base = strtoull(optarg, NULL, 0); break;
 		case 'r': options.by_read = true; break;
 		case 'p': options.prefault = true; break;
+		case 'H': options.huge = true; break;
 		case 'R': options.rounds = strtoull(optarg, NULL, 0); break;
 		case 'v': options.vms = strtoull(optarg, NULL, 0); break;
 		case 'd': options.delay_s = strtod(optarg, NULL); break;
@@ -69,17 +73,21 @@ static struct options parse(int argc, char **argv)
 	if (!options.pages || options.base % PAGE || !options.vms || options.vms > VMS_MAX ||
 	    options.base + options.pages * PAGE > 1ULL << 32)
 		errx(2, "pages from 1, base on a page, all below 4 GiB, at most %d VMs", VMS_MAX);
+	if (options.huge && (options.base % HUGE || options.pages * PAGE % HUGE))
+		errx(2, "--huge needs base and pages in multiples of 2 MiB");
 	return options;
 }
 
 static void *memory_create(const struct options *options)
 {
-	void *memory = mmap(NULL, options->pages * PAGE, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	uint64_t size = options->pages * PAGE, align = options->huge ? HUGE : PAGE;
+	uint8_t *memory = mmap(NULL, size + align, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (memory == MAP_FAILED)
 		err(2, "mmap of %llu pages", (unsigned long long)options->pages);
-	madvise(memory, options->pages * PAGE, MADV_NOHUGEPAGE);
+	memory += -(uintptr_t)memory % align;
+	madvise(memory, size, options->huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 	return memory;
 }
 

@@ -23,10 +23,12 @@
 #define BUFFER_GPA 0x10000000UL
 
 static const char usage[] =
-	"usage: ttm-guest [--fill N] [--read] [--delay S] [--linger S] [--expect efault|runs]\n"
+	"usage: ttm-guest [--fill N] [--read] [--rounds N] [--delay S] [--linger S]\n"
+	"                 [--expect efault|runs]\n"
 	"Touch a buffer of the qxl driver from a KVM guest; print one JSON line.\n"
 	"  --fill N     1 MiB buffers that push the first one out of video memory (130)\n"
 	"  --read       touch by reading, not by writing\n"
+	"  --rounds N   times; in between the slot goes and comes, and all faults with it (1)\n"
 	"  --delay S    wait between creating the VM and running it (0)\n"
 	"  --linger S   keep the VM that long after the last page (0)\n"
 	"  --expect E   make the outcome the exit status: 0 as expected, 1 not\n";
@@ -72,19 +74,21 @@ int main(int argc, char **argv)
 	static const struct option longs[] = {
 		{ "fill", required_argument, NULL, 'f' }, { "read", no_argument, NULL, 'r' },
 		{ "delay", required_argument, NULL, 'd' },
+		{ "rounds", required_argument, NULL, 'R' },
 		{ "linger", required_argument, NULL, 'l' },
 		{ "expect", required_argument, NULL, 'e' }, { "help", no_argument, NULL, 'h' }, {},
 	};
 	double delay_s = 0, linger_s = 0;
 	const char *expect = NULL;
 	bool by_read = false;
-	int fillers = 130, option;
+	int fillers = 130, rounds = 1, option;
 	uint64_t done = 0;
 
 	while ((option = getopt_long(argc, argv, "h", longs, NULL)) != -1) {
 		switch (option) {
 		case 'f': fillers = atoi(optarg); break;
 		case 'r': by_read = true; break;
+		case 'R': rounds = atoi(optarg); break;
 		case 'd': delay_s = strtod(optarg, NULL); break;
 		case 'l': linger_s = strtod(optarg, NULL); break;
 		case 'e': expect = optarg; break;
@@ -104,6 +108,11 @@ int main(int argc, char **argv)
 	guest_slot(&guest, 1, BUFFER_GPA, (void *)buffer, BUFFER_SIZE);
 	usleep(delay_s * 1e6);
 	int error = guest_touch(&guest, CODE_GPA, BUFFER_GPA, pages, &done);
+	for (int round = 1; round < rounds && !error; round++) {
+		guest_slot(&guest, 1, BUFFER_GPA, (void *)buffer, 0);
+		guest_slot(&guest, 1, BUFFER_GPA, (void *)buffer, BUFFER_SIZE);
+		error = guest_touch(&guest, CODE_GPA, BUFFER_GPA, pages, &done);
+	}
 	printf("{\"workload\":\"ttm-guest\",\"pid\":%d,\"vm_fd\":%d,\"slot\":1,\"gpa\":%lu,"
 	       "\"gfn\":%lu,\"pages\":%lu,\"hva\":%lu,\"code_gfn\":%lu,\"access\":\"%s\","
 	       "\"fillers\":%d,\"ran\":%lu,\"errno\":%d,\"outcome\":\"%s\"",

@@ -104,6 +104,15 @@ def basic() -> None:
     (OUT / "left.json").write_text(json.dumps({"before": before, "after": settled(before)}))
 
 
+def large() -> None:
+    """Large pages: mapped, split by dirty logging, put together again; and two address spaces."""
+    Path("/proc/sys/vm/nr_hugepages").write_text("100")
+    witnessed("large1", *DEMAND, "-s", "anonymous_hugetlb_2mb", options=("--fail-on-loss",))
+    witnessed("split", "dirty_log_page_splitting_test", "-b", "64M",
+              options=("--buffer-size", "256", "--fail-on-loss"))  # fmt: skip
+    record("smm", "smm_test")
+
+
 def ttm() -> None:
     """A real TTM driver's evicted buffer as guest memory: boot with --device qxl."""
     record("ttm", "ttm-guest")
@@ -250,7 +259,7 @@ def confidential() -> None:
 
 
 SCENARIOS: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (basic, ttm, attach, ends, killed, confidential)
+    f.__name__: f for f in (basic, large, ttm, attach, ends, killed, confidential)
 }
 
 if __name__ == "__main__":

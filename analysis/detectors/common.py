@@ -1,0 +1,248 @@
+"""What detectors share: adding up occurrences, and wording what loss does to a verdict.
+
+May import: `analysis`, `probes.wire`, numpy, pandas.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.columns import Records
+from analysis.findings import Chain, Finding, Innocent, ranges_of
+from analysis.recording import Recording
+from analysis.semantics import MARK_CALLS, PUT_CALLS
+from probes.wire import CALLS, PAGE_BITS
+
+__all__ = (
+    "FRAMES",
+    "NEVER",
+    "Occurrences",
+    "folio_of",
+    "is_mark",
+    "is_put",
+    "loss_verdict",
+    "missing_hooks",
+    "refcountable",
+    "vcpu_keys",
+    "where_of",
+)
+
+#: Frame numbers are below this; KVM's error values are above.
+FRAMES = 1 << 40
+#: A stage time that the fault never reached, see `analysis.columns.NULLS`.
+NEVER = (1 << 32) - 1
+
+_PUTS = np.isin(np.array(CALLS), PUT_CALLS)
+_MARKS = np.isin(np.array(CALLS), MARK_CALLS)
+_COMPOUND = PAGE_BITS["head"] | PAGE_BITS["tail"]
+#: Frames kept to name ranges and count pages; 8 bytes each.
+_KEPT_MAX = 1 << 24
+
+
+def is_put(call: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Tell which RELEASE calls drop a reference."""
+    return np.asarray(_PUTS[call], np.bool_)
+
+
+def is_mark(call: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Tell which RELEASE calls only mark the page accessed or dirty."""
+    return np.asarray(_MARKS[call], np.bool_)
+
+
+def refcountable(page_bits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Tell which pages KVM counts: kvm_pfn_to_refcounted_page(), virt/kvm/kvm_main.c (6.1).
+
+    Those with a struct page that is not reserved; zero pages and device memory are counted though
+    reserved.
+    """
+    bits = page_bits.astype(np.int64, copy=False)
+    struct = (bits & PAGE_BITS["has_struct"]) != 0
+    reserved = (bits & PAGE_BITS["reserved"]) != 0
+    counted = (bits & (PAGE_BITS["zero"] | PAGE_BITS["zone_device"])) != 0
+    return np.asarray(struct & (~reserved | counted), np.bool_)
+
+
+def folio_of(
+    pfn: npt.NDArray[Any], page_bits: npt.NDArray[Any], page_order: npt.NDArray[Any]
+) -> npt.NDArray[np.uint64]:
+    """Return the first frame of the compound page that each frame is part of, else itself."""
+    order = np.where(page_bits.astype(np.int64) & _COMPOUND, page_order, 0).astype(np.uint64)
+    order = np.minimum(order, np.uint64(40))
+    return np.asarray(pfn.astype(np.uint64) >> order << order, np.uint64)
+
+
+def vcpu_keys(records: Records, at: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.int64]:
+    """Return a number for the VM and vCPU of each row `at`."""
+    vcpu = records["vcpu"][at].astype(np.int64) & 0xFFFFFFFF
+    return np.asarray(records["vm"][at].astype(np.int64) << 32 | vcpu, np.int64)
+
+
+def missing_hooks(recording: Recording, *hooks: str) -> str:
+    """Return a sentence if some hooks were not attached, else ""."""
+    gone = recording.without(*hooks)
+    if not gone:
+        return ""
+    return f"hook{'s' if len(gone) > 1 else ''} {', '.join(gone)} not attached in this recording"
+
+
+def loss_verdict(
+    verdict: str, recording: Recording, count: int, *kinds: str
+) -> tuple[str, Innocent | None]:
+    """Lower the verdict on `count` absent records if the ones lost of their kinds explain it.
+
+    More absent than lost ones prove that the rest never was; then the verdict stays.
+    """
+    lost = recording.lost(*kinds)
+    if not lost:
+        return verdict, None
+    name = " and ".join(kinds)
+    explanation = f"{lost:,} {name} records were lost, the missing ones may be among them"
+    if count > lost:
+        ruled_out = f"no: {count:,} are missing, {count - lost:,} more than were lost"
+        return verdict, Innocent(explanation, ruled_out)
+    return "inconclusive", Innocent(explanation, "not ruled out")
+
+
+def where_of(recording: Recording, vm: int, hva: int) -> str:
+    """Return the mapping behind an address of a VM's process, for example its file; "" if none."""
+    if not hva:
+        return ""
+    table = pd.DataFrame({"vm": [vm], "hva": pd.array([hva], "UInt64")})
+    found = recording.mappings.find_all(table)[0]
+    return "" if found is None else str(found)
+
+
+class Occurrences:
+    """Adds up where one thing was seen, and remembers the first one for the evidence."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: dict[str, Any] = {}
+        self.chain: Chain | None = None
+        self._pfns: list[npt.NDArray[np.uint64]] = []
+        self._gfns: list[npt.NDArray[np.uint64]] = []
+        self._kept = 0
+        self._vms: set[int] = set()
+        self._slots: set[int] = set()
+        self._span = [0, 0]
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def add(
+        self,
+        records: Records,
+        at: npt.NDArray[np.int64],
+        *,
+        pfns: npt.NDArray[Any] | None = None,
+        faults: bool = False,
+        more: Sequence[tuple[str, int, int, int]] = (),
+    ) -> None:
+        """Take the rows `at` of some records; their own `pfn` unless `pfns` (of these) are given.
+
+        The first row ever becomes the evidence, with its page's history, the rest of its fault if
+        `faults`, and the records that `more` names.
+        """
+        if not len(at):
+            return
+        ts = records["ts"][at]
+        frames = records["pfn"][at] if pfns is None else pfns
+        if not self.count:
+            self._begin(records, int(at[0]), int(frames[0]), faults, more)
+            self._span = [int(ts.min()), int(ts.max())]
+        self._span = [min(self._span[0], int(ts.min())), max(self._span[1], int(ts.max()))]
+        self.count += len(at)
+        self._vms |= {int(vm) for vm in np.unique(records["vm"][at]) if vm}
+        if records.kind == "FAULT":
+            self._slots |= {int(slot) for slot in np.unique(records["slot"][at]) if slot >= 0}
+        if self._kept < _KEPT_MAX:
+            kept = np.unique(frames[frames < FRAMES]).astype(np.uint64)
+            self._pfns.append(kept)
+            self._kept += len(kept)
+            if records.kind in ("FAULT", "SPTE", "PIN"):
+                self._gfns.append(np.unique(records["gfn"][at]))
+
+    def add_plain(
+        self, *, vm: int, gfn: int, pfn: int, keys: Sequence[tuple[str, int, int, int]]
+    ) -> None:
+        """Take one occurrence that is not a row at hand: the records that name it are `keys`."""
+        if not self.count:
+            self.first = {"vm": vm, "gfn": gfn, "pfn": pfn}
+            self.chain = Chain(records=tuple(keys), pfns=(pfn,) if pfn < FRAMES else ())
+            self._span = [keys[0][1], keys[-1][1]]
+        self.count += 1
+        self._vms.add(vm)
+        self._span = [min(self._span[0], keys[0][1]), max(self._span[1], keys[-1][1])]
+        if self._kept < _KEPT_MAX:
+            self._kept += 1
+            self._pfns.append(np.array([pfn], np.uint64))
+            self._gfns.append(np.array([gfn], np.uint64))
+
+    def _begin(
+        self,
+        records: Records,
+        at: int,
+        frame: int,
+        faults: bool,
+        more: Sequence[tuple[str, int, int, int]],
+    ) -> None:
+        self.first = records.rows([at])[0]
+        inside: tuple[tuple[int, int], ...] = ()
+        if faults and self.first.get("fault_ts") is not None:
+            inside = ((int(self.first["fault_ts"]), int(self.first.get("tid") or 0)),)
+        self.chain = Chain(
+            records=(records.key(at), *more),
+            pfns=(frame,) if frame < FRAMES else (),
+            faults=inside,
+        )
+
+    @property
+    def pages(self) -> int:
+        """Return how many distinct host pages there were."""
+        return len(np.unique(np.concatenate(self._pfns))) if self._pfns else 0
+
+    def finding(
+        self,
+        detector: Any,
+        recording: Recording,
+        verdict: str,
+        title: str,
+        *,
+        functions: Sequence[str] = (),
+        innocent: Sequence[Innocent | None] = (),
+        detail: Mapping[str, Any] | None = None,
+        rule: str = "",
+        count: int = 0,
+    ) -> Finding:
+        """Return all that was added up as one finding of a detector."""
+        pfns, more_pfns = _joined(self._pfns)
+        gfns, more_gfns = _joined(self._gfns)
+        return Finding(
+            detector=detector.name,
+            verdict=verdict,
+            title=title,
+            rule=rule or detector.rule,
+            count=count or self.count,
+            pages=self.pages,
+            vms=tuple(sorted(self._vms)),
+            slots=tuple(sorted(self._slots)),
+            gfns=gfns,
+            pfns=pfns,
+            more=more_pfns or more_gfns,
+            first_ts=self._span[0],
+            last_ts=self._span[1],
+            where=where_of(
+                recording, int(self.first.get("vm") or 0), int(self.first.get("hva") or 0)
+            ),
+            functions=tuple(functions),
+            innocent=tuple(one for one in innocent if one is not None),
+            chain=self.chain,
+            detail=dict(detail or {}),
+        )
+
+
+def _joined(parts: list[npt.NDArray[np.uint64]]) -> tuple[tuple[tuple[int, int], ...], bool]:
+    return ranges_of(np.concatenate(parts)) if parts else ((), False)

@@ -1,0 +1,154 @@
+"""Struct pages that KVM touches though nobody, or not KVM any more, holds them.
+
+May import: `analysis`, numpy, pandas.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from analysis.columns import code
+from analysis.detector import Chunk
+from analysis.detectors.common import Occurrences, is_mark, missing_hooks, refcountable
+from analysis.detectors.puts import own_puts, prefetched_own
+from analysis.faultjoin import FaultJoin
+from analysis.findings import Finding, Innocent
+from analysis.recording import Recording
+from analysis.text import plural
+
+__all__ = ("DeadMark",)
+
+_PRESENT = 1 << 11  # SPTE_MMU_PRESENT_MASK, arch/x86/kvm/mmu/spte.h
+
+
+class DeadMark:
+    """Detector 7: a page is marked accessed or dirty while its reference count is 0.
+
+    This is the assertion that the series "KVM: allow mapping non-refcounted pages" adds to
+    kvm_is_ad_tracked_page(), asked from outside and of kernels that do not have it.
+    """
+
+    name = "dead-mark"
+    title = "pages marked accessed or dirty while their reference count is 0"
+    rule = (
+        "KVM marks a page accessed or dirty only while somebody holds it: "
+        "WARN_ON_ONCE(!page_count(page)) in kvm_is_ad_tracked_page(), first patch of the series "
+        "'KVM: allow mapping non-refcounted pages'. With count 0 the page was freed under KVM's "
+        "SPTE, or never was counted."
+    )
+    columns: Mapping[str, Sequence[str]] = {
+        "RELEASE": ("vm", "gfn", "pfn", "call", "refcount", "page_bits", "fault_ts", "tid"),
+        "SPTE": ("vm", "gfn", "pfn", "op", "old", "refcount", "page_bits", "fault_ts", "tid"),
+    }
+    wants_lives = False
+    joins_faults = True
+
+    def __init__(self) -> None:
+        self._marked = Occurrences()
+        self._late = Occurrences()
+        self._zapped = Occurrences()
+
+    def start(self, recording: Recording) -> str:
+        """Take what is known before the records; return "" or why no answer is possible."""
+        self._recording = recording
+        semantics = recording.semantics
+        if semantics.generation in ("G0a", "G0b"):
+            return missing_hooks(recording, "mark_pfn_accessed", "mark_pfn_dirty")
+        if semantics.generation == "G1":
+            self._bit = np.uint64(semantics.spte_bit)
+            return "" if semantics.spte_bit else "no SPTE of this kernel says whom it counts"
+        if semantics.generation == "G2":
+            return ""
+        return f"what generation {recording.generation or '(none)'} marks when is not known"
+
+    def feed(self, chunk: Chunk) -> None:
+        """Take the next span of time."""
+        releases = chunk["RELEASE"]
+        dead = (releases["refcount"] <= 0) & is_mark(releases["call"])
+        if dead.any():
+            dead &= refcountable(releases["page_bits"])
+            self._marked.add(releases, np.flatnonzero(dead), faults=True)
+        self._feed_faults(chunk.faults)
+        if self._recording.semantics.generation != "G1":
+            return
+        # The series marks at the zap, where nothing shows it: the SPTE says that it will.
+        sptes = chunk["SPTE"]
+        wanted = self._bit | np.uint64(_PRESENT)
+        dead = (sptes["refcount"] <= 0) & (sptes["op"] == code("op", "zap"))
+        dead &= (sptes["old"] & wanted) == wanted
+        if dead.any():
+            dead &= refcountable(sptes["page_bits"])
+            self._zapped.add(sptes, np.flatnonzero(dead), faults=True)
+
+    def _feed_faults(self, join: FaultJoin) -> None:
+        """Find marks of a page after the fault that makes them has put it."""
+        releases, faults = join.releases, join.records
+        marks = is_mark(releases["call"])
+        if not marks.any():
+            return
+        own, _ = own_puts(join)
+        put_at = np.full(len(faults), np.iinfo(np.uint64).max, np.uint64)
+        np.minimum.at(put_at, releases.fault[own], releases["ts"][own])
+        late = marks & (releases["pfn"] == faults["pfn"][releases.fault])
+        late &= releases["ts"] > put_at[releases.fault]
+        if late.any():
+            late &= (prefetched_own(join) == 0)[releases.fault]
+        rows = np.flatnonzero(late)
+        if len(rows):
+            more = [releases.key(int(rows[0]))]
+            self._late.add(faults, np.unique(releases.fault[rows]), faults=True, more=more)
+
+    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+        """Return what was found."""
+        found = []
+        innocent = Innocent(
+            "the page was never counted by anybody, as memory of a driver",
+            "no: KVM asks struct page itself, and touches it either way",
+        )
+        if self._marked:
+            calls = {"mark_accessed": "kvm_set_pfn_accessed", "mark_dirty": "kvm_set_pfn_dirty"}
+            function = calls.get(str(self._marked.first.get("call")), "")
+            found.append(
+                self._marked.finding(
+                    self,
+                    self._recording,
+                    "definite",
+                    f"KVM marked {plural(self._marked.pages, 'page')} accessed or dirty at count 0",
+                    functions=(function,) if function else (),
+                    innocent=(innocent,),
+                )
+            )
+        if self._late:
+            found.append(
+                self._late.finding(
+                    self,
+                    self._recording,
+                    "definite",
+                    f"{plural(self._late.count, 'fault')} marked a page accessed or dirty after "
+                    "putting it, when it may be another's",
+                    functions=("kvm_set_pfn_accessed", "kvm_set_pfn_dirty"),
+                    rule="A fault touches struct page only while it holds a reference to it, or "
+                    "under mmu_lock while its SPTE maps it; both are over when it has put the page "
+                    "(arch/x86/kvm/mmu/mmu.c, the ends of the page fault handlers).",
+                    innocent=(
+                        Innocent(
+                            "an SPTE was zapped meanwhile, which marks its page too",
+                            "no: the fault's own thread did it, in the fault",
+                        ),
+                    ),
+                )
+            )
+        if self._zapped:
+            found.append(
+                self._zapped.finding(
+                    self,
+                    self._recording,
+                    "definite",
+                    f"SPTEs of {plural(self._zapped.pages, 'page')} that KVM takes for refcounted "
+                    "were zapped at count 0",
+                    functions=("kvm_set_page_accessed", "kvm_set_page_dirty"),
+                    innocent=(innocent,),
+                )
+            )
+        return found

@@ -1,0 +1,83 @@
+"""A table of lives as plain numpy arrays, converted when asked for: what detectors compute with.
+
+Nulls are numbers: 0, but all ones for `death_ts`, so that a life is mapped at t if birth_ts <= t <
+death_ts. Categories are their codes, -1 if null; those of causes are the numbers on the wire.
+May import: numpy, pandas, `analysis.framelog`.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.framelog import Spans
+
+__all__ = ("FOREVER", "LifeArrays")
+
+#: The death of a life that did not end, ns.
+FOREVER = (1 << 64) - 1
+
+_NULLS = {"death_ts": FOREVER}
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("gfn", "pfn", "sptep", "birth_ts", "death_ts", "fault_ts"), np.uint64),
+    **dict.fromkeys(("birth_tid", "birth_seq", "death_tid", "death_seq", "vm"), np.uint32),
+    **dict.fromkeys(("birth_cpu", "death_cpu"), np.uint16),
+    **dict.fromkeys(("slot", "vcpu"), np.int32),
+}
+_SLOT_UNKNOWN = -1
+
+
+class LifeArrays:
+    """`lives["gfn"]` is a column of a table `lives` as an array."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self._table = table
+        self._cache: dict[str, npt.NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        found = self._cache.get(name)
+        if found is None:
+            found = self._cache[name] = self._column(name)
+        return found
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        if not len(self._table):
+            return np.zeros(0, _TYPES.get(name, np.int64))
+        column = self._table[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            return np.asarray(column.cat.codes)
+        if pd.api.types.is_extension_array_dtype(column.dtype):
+            null = _SLOT_UNKNOWN if name in ("slot", "vcpu") else _NULLS.get(name, 0)
+            values = column.to_numpy(dtype=_TYPES.get(name, np.int64), na_value=null)
+            return np.asarray(values)
+        return np.asarray(column)
+
+    def host(self) -> Spans:
+        """Return the lives as ranges of host frames."""
+        return self._spans(np.zeros(len(self), np.uint64), "pfn")
+
+    def guest(self, space: npt.NDArray[np.uint64]) -> Spans:
+        """Return them as ranges of guest frames in the spaces given."""
+        return self._spans(space, "gfn")
+
+    def _spans(self, space: npt.NDArray[np.uint64], frame: str) -> Spans:
+        level = np.clip(self["level"], 1, 3).astype(np.uint8)
+        return Spans(space, self[frame], level, self["birth_ts"], self["death_ts"])
+
+    def birth(self, at: int) -> tuple[str, int, int, int] | None:
+        """Return (kind, ts, cpu, seq) of the record of a birth, None if it was not seen."""
+        return self._key(at, "birth", bool(self["birth_ts"][at]))
+
+    def death(self, at: int) -> tuple[str, int, int, int] | None:
+        """Return (kind, ts, cpu, seq) of the record of an end, None if it was not seen."""
+        return self._key(at, "death", int(self["death_ts"][at]) != FOREVER)
+
+    def _key(self, at: int, end: str, seen: bool) -> tuple[str, int, int, int] | None:
+        if not seen:
+            return None
+        ts, cpu, seq = (int(self[f"{end}_{name}"][at]) for name in ("ts", "cpu", "seq"))
+        return "SPTE", ts, cpu, seq

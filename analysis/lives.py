@@ -1,0 +1,352 @@
+"""Mapping lifetimes: from SPTE records, in the order of time, to one row per life of a leaf SPTE.
+
+A life begins with an install and ends with a zap. In the TDP MMU several roots may map a guest
+frame at once (after a fast zap-all the old root's leaves go later), so a zap ends the oldest open
+life of the same VM, address space, level, guest frame and host frame. In the shadow MMU there is
+one entry at an address, and that is the key. Splits bear lives that no record names, pages may
+change in place, and what began before the trace or was lost is censored; see `LifeBuilder`.
+
+    analysis.lifeevents    records -> events: splits and changed pages taken apart
+    analysis.lifepairs     events -> which belong together; analysis.lifewalk the odd ones
+    analysis.lifestore     the lives that are open
+    analysis.lifeparts     how lives begin, change and end
+    analysis.lifetable     lives -> the table
+
+May import: numpy, pandas, pyarrow, `analysis`, `tracer.tracefile`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from analysis.columns import Records
+from analysis.lifecontext import LifeContext
+from analysis.lifeevents import MOVED_FROM, SPTE_COLUMNS, Events, events_of, expected
+from analysis.lifepairs import Lives, pair
+from analysis.lifeparts import (
+    Changes,
+    Collapses,
+    Ends,
+    adopted,
+    births,
+    changes_of,
+)
+from analysis.lifestore import LIFE, NONE, Array, OpenLives, places
+from analysis.lifetable import STEP, LifeTable
+from analysis.lifewalk import LATE_NS, UNDECIDED, ZAP
+from analysis.tables import DTYPES
+from tracer.tracefile import TraceReader, recordings
+
+__all__ = ("SPTE_COLUMNS", "LifeBuilder", "LifeContext", "iter_lives", "lives_of")
+
+#: Records that are paired at a time, at most: some hundred bytes of memory for each.
+_BLOCK_ROWS = 1 << 24
+#: Events of a block, since splits make many of a record.
+_BLOCK_EVENTS = 1 << 25
+#: Records of one table of `iter_lives`; of `lives_of`, which keeps all lives anyway.
+_CHUNK_ROWS, _WHOLE_ROWS = 1 << 18, 1 << 21
+
+
+class LifeBuilder:
+    """Makes lives of SPTE records fed in the order of (ts, cpu, seq), in chunks of any length.
+
+    Only lives that are open are kept between chunks. Every record becomes part of one life, or is
+    in `orphans`, records of the last chunk that belong to none (and of those before that had to
+    wait for a record that comes late; see `analysis.lifewalk`):
+
+        orphan zap      a zap of what was not mapped, where nothing can have been missed
+        orphan change   a change of it
+        unknown op      neither install, change nor zap
+
+    Where something can have been missed (the VM is older than the trace, or SPTE records were lost
+    before), such a record is part of a life whose start is censored.
+    """
+
+    def __init__(
+        self, context: LifeContext, columns: Sequence[str] | None = None, *, first_id: int = 1
+    ) -> None:
+        """Take what is known of the trace; `columns` are those of `lives` to make, all if None.
+
+        `first_id` is the number of the first life.
+        """
+        self._context = context
+        # Numbers order the lives, whatever is asked for.
+        self._columns = None if columns is None else tuple(dict.fromkeys(("life_id", *columns)))
+        self._wanted = columns
+        self._open = OpenLives()
+        self._next = first_id
+        self._collapses = Collapses()
+        #: Records so far by what became of them: life, orphan zap, orphan change, unknown op.
+        self.accounted: Counter[str] = Counter()
+        #: SPTE_COLUMNS and `orphan`, one of the names above.
+        self.orphans = _NO_ORPHANS
+        #: The same as records.
+        self.orphan_records = Records("SPTE")
+        self._held: pa.Table | None = None
+
+    @property
+    def next_id(self) -> int:
+        """The number of the next life."""
+        return self._next
+
+    def feed(self, sptes: Records | pa.RecordBatch | pa.Table) -> pd.DataFrame:
+        """Take the next records (SPTE_COLUMNS); return the lives that ended, a table `lives`."""
+        records = sptes if isinstance(sptes, Records) else _records(sptes)
+        frames: list[pd.DataFrame] = []
+        orphans: list[pa.Table] = []
+        for part in self._parts(records):
+            self._feed(part, frames, orphans)
+        self.orphan_records, self.orphans = _told(orphans)
+        return self._asked_for(_in_order(frames or [self._table(0).frame()]))
+
+    def open(self) -> pd.DataFrame:
+        """Return the lives that are open now, as `finish` would."""
+        slots = self._open.slots()
+        slots = slots.take(np.argsort(self._open.rows["life_id"][slots]))
+        table = self._table(len(slots))
+        for first in range(0, len(slots), STEP):
+            table.add(_fields(self._open.rows.take(slots[first : first + STEP])), None)
+        return self._asked_for(table.frame())
+
+    def finish(self) -> pd.DataFrame:
+        """Return the lives that did not end: `censored_end`, in order of life_id.
+
+        Afterwards `orphans` has those whose fate was not known before.
+        """
+        frame = self.open()
+        self._open = OpenLives()
+        late = [] if self._held is None else [self._held]
+        self._held = None
+        for table in late:
+            self.accounted.update(table["orphan"].to_pylist())
+        self.orphan_records, self.orphans = _told(late)
+        return frame
+
+    def _asked_for(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return frame if self._wanted is None else frame[list(self._wanted)]
+
+    def _table(self, count: int) -> LifeTable:
+        return LifeTable(count, self._context, self._columns)
+
+    def _parts(self, records: Records) -> Iterator[Records]:
+        """Yield records in parts that do not become too many events, those held back first."""
+        rows = len(records)
+        if rows <= _BLOCK_ROWS and expected(records) <= _BLOCK_EVENTS:
+            yield self._with_held(records)
+            return
+        table = records.table(SPTE_COLUMNS)
+        for first in range(0, rows, max(1, _BLOCK_ROWS // 2)):
+            part = table.slice(first, max(1, _BLOCK_ROWS // 2))
+            halves = [part]
+            while halves:
+                half = _records(halves.pop(0))
+                if len(half) > 1 and expected(half) > _BLOCK_EVENTS:
+                    whole, middle = half.table(SPTE_COLUMNS), len(half) // 2
+                    halves[:0] = [whole.slice(0, middle), whole.slice(middle)]
+                else:
+                    yield self._with_held(half)
+
+    def _with_held(self, records: Records) -> Records:
+        if self._held is None:
+            return records
+        held = self._held.select(SPTE_COLUMNS)
+        self._held = None
+        return _records(pa.concat_tables([held, records.table(SPTE_COLUMNS)]))
+
+    def _feed(self, records: Records, frames: list[pd.DataFrame], orphans: list[pa.Table]) -> None:
+        """Take records that are not too many; add the lives that ended and the orphans."""
+        events = events_of(records, slice(None), self._context)
+        lives = self._block(events, frames)
+        rows, names, undecided = _named(events, lives, len(records))
+        if len(rows):
+            # What an install that comes late may explain waits for it.
+            newest = records["ts"][-1]
+            undecided &= newest - records["ts"][rows] <= np.uint64(LATE_NS)
+            found = records.table(SPTE_COLUMNS).take(pa.array(rows))
+            found = found.append_column("orphan", pa.array(names))
+            waiting = found.filter(pa.array(undecided))
+            self._held = waiting if len(waiting) else None
+            found = found.filter(pa.array(~undecided))
+            orphans.append(found)
+            self.accounted.update(found["orphan"].to_pylist())
+        if len(records) > len(rows):
+            self.accounted["life"] += len(records) - len(rows)
+
+    def _block(self, events: Events, frames: list[pd.DataFrame]) -> Lives:
+        ts, vm = events.columns["ts"], events.columns["vm"]
+        lives = pair(events.keys, self._open, lambda at: self._context.missable(vm[at], ts[at]))
+        changes = changes_of(events, lives, self._context)
+        ends = Ends(events, lives, self._collapses.cover(events), self._context)
+        self._adopt(events, lives)
+        real = lives.orphan == 0
+        is_new, over = real & (lives.slot == NONE), real & (lives.death != NONE)
+        new = _by_event(lives.entry, is_new, len(events))
+        ids = np.zeros(len(is_new), np.int64)
+        ids[new] = np.arange(self._next, self._next + len(new))
+        self._next += len(new)
+        table = self._table(int(np.count_nonzero(over)))
+        old = self._end(lives, changes, ends, table)
+        for part in _steps(new.compress(over.take(new))):
+            rows = self._births(events, lives, part, ids)
+            changes.apply(rows, part)
+            table.add(rows, ends.of(part))
+        slot = lives.slot.copy()
+        for part in _steps(new.compress(~over.take(new))):
+            rows = self._births(events, lives, part, ids)
+            changes.apply(rows, part)
+            kept = np.empty(len(part), LIFE)
+            for name, column in rows.items():
+                kept[name] = column
+            slot[part] = self._open.put(kept)
+        self._touch(lives, changes)
+        lives.settle(self._open, slot)
+        self._open.drop(lives.slot.take(old))
+        frames.append(table.frame())
+        return lives
+
+    def _end(self, lives: Lives, changes: Changes, ends: Ends, table: LifeTable) -> Array:
+        """Take lives that were open before and have ended into the table; return their numbers."""
+        old = places((lives.slot != NONE) & (lives.death != NONE))
+        old = old.take(np.argsort(self._open.rows["life_id"][lives.slot.take(old)]))
+        for part in _steps(old):
+            rows = _fields(self._open.rows.take(lives.slot.take(part)))
+            changes.apply(rows, part)
+            table.add(rows, ends.of(part))
+        return old
+
+    def _births(self, events: Events, lives: Lives, part: Array, ids: Array) -> dict[str, Array]:
+        first = lives.first.take(part)
+        since = first if lives.since is lives.first else lives.since.take(part)
+        censored, life_id = lives.censored.take(part), ids.take(part)
+        return births(events, first, since, censored, life_id, self._context)
+
+    def _adopt(self, events: Events, lives: Lives) -> None:
+        """Write down beginnings whose records came late, of lives that are open already."""
+        at = places((lives.slot != NONE) & (lives.first != NONE))
+        if not len(at):
+            return
+        slots, first = lives.slot.take(at), lives.first.take(at)
+        old = self._open.rows.take(slots)
+        rows = births(events, first, first, np.zeros(len(at), bool), old["life_id"], self._context)
+        self._open.rows[slots] = adopted(old, rows)
+
+    def _touch(self, lives: Lives, changes: Changes) -> None:
+        """Write changes into the rows of lives that were open before and stay so."""
+        stay = places(changes.some & (lives.slot != NONE) & (lives.death == NONE))
+        for part in _steps(stay):
+            slots = lives.slot.take(part)
+            rows = _fields(self._open.rows.take(slots))
+            changes.apply(rows, part)
+            for name in ("changes", "flags", "refcount_min", "refcount_max", "spte_last"):
+                self._open.rows[name][slots] = rows[name]
+
+
+def _steps(numbers: Array) -> Iterator[Array]:
+    for first in range(0, len(numbers), STEP):
+        yield numbers[first : first + STEP]
+
+
+def _in_order(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Return tables of lives as one, in order of life_id."""
+    filled = [frame for frame in frames if len(frame)]
+    if len(filled) < 2:
+        return (filled or frames)[0]
+    whole = pd.concat(filled, ignore_index=True)
+    return whole.take(np.argsort(whole["life_id"].to_numpy())).reset_index(drop=True)
+
+
+def _fields(rows: Array) -> dict[str, Array]:
+    return {name: rows[name] for name in LIFE.names or ()}
+
+
+def _by_event(event: Array, wanted: Array, events: int) -> Array:
+    """Return the numbers of the wanted lives in the order of an event of each."""
+    lives = np.full(events, NONE, np.int64)
+    at = places(wanted)
+    lives[event[at]] = at
+    return np.asarray(lives[lives != NONE])
+
+
+def _named(events: Events, lives: Lives, rows: int) -> tuple[Array, list[str], Array]:
+    """Return which records belong to no life, their names as orphans, and which may yet."""
+    at = places(lives.orphan != 0)
+    if not len(at) and events.record is None:
+        return at, [], at != at
+    event, undecided = lives.first.take(at), lives.orphan.take(at) == UNDECIDED
+    row = event
+    if events.record is not None and events.part is not None:
+        # Of a change to another page the new one lives.
+        whole = events.part.take(event) != MOVED_FROM
+        event, undecided = event[whole], undecided[whole]
+        row = events.record.take(event)
+    names = np.where(events.keys.op.take(event) == ZAP, "orphan zap", "orphan change")
+    if events.record is not None:
+        strange = places(np.bincount(events.record, minlength=rows) == 0)
+        row = np.concatenate([row, strange])
+        names = np.concatenate([names, np.full(len(strange), "unknown op")])
+        undecided = np.concatenate([undecided, np.zeros(len(strange), bool)])
+    order = np.argsort(row)
+    return row[order], names[order].tolist(), undecided[order]
+
+
+def _records(sptes: pa.RecordBatch | pa.Table) -> Records:
+    batches = [sptes] if isinstance(sptes, pa.RecordBatch) else sptes.to_batches()
+    return Records("SPTE", batches)
+
+
+def _told(orphans: list[pa.Table]) -> tuple[Records, pd.DataFrame]:
+    """Return orphans as records and as a table with their names."""
+    found = [table for table in orphans if len(table)]
+    if not found:
+        return Records("SPTE"), _NO_ORPHANS
+    table = pa.concat_tables(found)
+    return _records(table), table.to_pandas(types_mapper=DTYPES.get)
+
+
+_NO_ORPHANS = pd.DataFrame({name: [] for name in (*SPTE_COLUMNS, "orphan")})
+
+
+def iter_lives(
+    reader: TraceReader,
+    progress: Callable[[int], None] | None = None,
+    *,
+    chunk_rows: int = _CHUNK_ROWS,
+) -> Iterator[pd.DataFrame]:
+    """Yield the lives of a trace in tables `lives`: as they end, then the rest.
+
+    The recordings of a merged trace come one after the other: a life ends with its recording.
+    `progress` is told how many SPTE records were read so far; `chunk_rows` of them are held.
+    """
+    first_id, done = 1, 0
+    for part in recordings(reader):
+        builder = LifeBuilder(LifeContext.of(part), first_id=first_id)
+        for records in _chunks(part, chunk_rows):
+            yield builder.feed(records)
+            done += len(records)
+            if progress:
+                progress(done)
+        yield builder.finish()
+        first_id = builder.next_id
+
+
+def _chunks(reader: TraceReader, rows: int) -> Iterator[Records]:
+    waiting: list[pa.RecordBatch] = []
+    for batch in reader.records(["SPTE"], SPTE_COLUMNS):
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= rows:
+            yield Records("SPTE", waiting)
+            waiting = []
+    yield Records("SPTE", waiting)
+
+
+def lives_of(path: Path) -> pd.DataFrame:
+    """Return all lives of a trace: the table `lives`, in order of life_id.
+
+    Raises TraceFormatError if the file is not a trace.
+    """
+    with TraceReader(path) as reader:
+        return _in_order(list(iter_lives(reader, chunk_rows=_WHOLE_ROWS)))

@@ -1,0 +1,1 @@
+"""Changes of KVM, one file each: see ``kvmchange.Change``. Imports only ``kvmchange``."""

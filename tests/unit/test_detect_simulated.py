@@ -1,0 +1,99 @@
+"""Sane kernels that look guilty, and guilty ones that hide: stories that the simulator told."""
+
+import pytest
+from unit.simkit import make
+from unit.tracekit import SHIPPED, only, told
+
+from analysis.check import check_trace
+from analysis.detectors.stale import CLOCKS_NS
+from tracer.simulator.kernels import KERNELS
+
+#: v8 keeps references in the shadow MMU: it is not sane there.
+SANE = sorted(set(KERNELS) - {"v8", "v9-mailed"})
+
+
+def accused(path):
+    return [(f.detector, f.title) for f in check_trace(path).findings if f.is_anomaly]
+
+
+@pytest.mark.parametrize("kernel", SANE)
+@pytest.mark.parametrize("scenario", ["migration", "thp"])
+def test_prefetched_tails_of_the_faults_own_folio_are_put_for_themselves(
+    tmp_path, kernel, scenario
+):
+    # GIVEN faults around which frames of the same compound page were prefetched and put
+    made = make(tmp_path, kernel=kernel, scenario=scenario, mmu="shadow", seed=5,
+                mem_bytes=4 << 20)  # fmt: skip
+    # THEN those puts are none of the fault's own
+    assert accused(made.outcome.trace) == []
+
+
+def test_a_record_that_is_there_twice_is_taken_once(tmp_path):
+    # GIVEN a trace of a sane kernel in which records come twice
+    made = make(tmp_path, scenario="balloon", hostile=("duplicate",), mem_bytes=2 << 20)
+    result = check_trace(made.outcome.trace)
+    # THEN nobody is accused, and the answer says how many there were
+    assert not [finding.title for finding in result.findings if finding.is_anomaly]
+    assert result.duplicates > 0 and result.to_json()["duplicates"] == result.duplicates
+    # AND pieces of any length leave out the same
+    small = check_trace(made.outcome.trace, rows_max=7)
+    assert small.duplicates == result.duplicates
+
+
+def test_a_recorders_own_trace_has_nothing_twice():
+    assert check_trace(SHIPPED / "prime-6.12.pfnt").duplicates == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scenario", "seed"), [("6.12", "idle", 1), ("6.1", "idle", 2), ("6.12", "nested", 2)]
+)
+def test_order_by_clocks_of_two_cpus_proves_nothing_when_close(tmp_path, kernel, scenario, seed):
+    # GIVEN cpus whose clocks differ by some microseconds
+    made = make(tmp_path, kernel=kernel, scenario=scenario, seed=seed, hostile=("skew",),
+                mem_bytes=2 << 20)  # fmt: skip
+    # THEN an install that seems to come after an invalidation is told, but proves nothing
+    finding = only(told(made.outcome.trace, "stale-install"))
+    assert finding.verdict == "inconclusive"
+    assert f"less than {CLOCKS_NS // 1000} us" in finding.innocent[1].ruled_out
+    assert accused(made.outcome.trace) == []
+
+
+def test_faults_on_the_zero_page_do_not_make_v9_a_version_that_puts_earlier(tmp_path):
+    # GIVEN v9, whose faults on the zero page keep references, and most faults are such
+    made = make(tmp_path, kernel="v9", scenario="idle", bugs=("zero_page_growth",),
+                mem_bytes=8 << 20)  # fmt: skip
+    # THEN that one page is named, and none of those that were put as they should
+    finding = only(told(made.outcome.trace, "balance"))
+    assert finding.pages == 1 and "keeps one reference" in finding.title
+
+
+def test_a_livelock_may_begin_before_bit_31_is_set(tmp_path):
+    made = make(tmp_path, kernel="6.1", scenario="livelock", bugs=("sign_extension",),
+                mem_bytes=4 << 20)  # fmt: skip
+    finding = only(told(made.outcome.trace, "livelock"))
+    assert finding.verdict == "definite" and "bit 31" in finding.title
+
+
+@pytest.mark.parametrize("rows_max", [100, 1 << 18])
+def test_a_leaf_in_a_wrong_page_table_is_not_called_one_of_a_slot_that_is_gone(tmp_path, rows_max):
+    made = make(tmp_path, scenario="balloon", bugs=("wrong_gfn",), mem_bytes=4 << 20)
+    found = check_trace(made.outcome.trace, ["gfn-outside", "stale-slot"], rows_max=rows_max)
+    assert {finding.detector for finding in found.findings} == {"gfn-outside"}
+    assert only(list(found.findings)).verdict == "definite"
+
+
+def test_a_count_of_invalidations_that_stays_up_is_found_though_each_has_its_end(tmp_path):
+    # GIVEN an invalidation that ends, by the records, but is counted as in progress for ever
+    made = make(tmp_path, scenario="balloon", bugs=("unpaired_start",), mem_bytes=4 << 20)
+    finding = only(told(made.outcome.trace, "livelock"))
+    # THEN that is told long before a second is over
+    assert (finding.verdict, finding.detail["story"]) == ("probable", "unpaired")
+    assert "left a higher count" in finding.innocent[0].ruled_out
+    # AND pieces of any length say the same
+    assert only(told(made.outcome.trace, "livelock", rows_max=50)).verdict == "probable"
+
+
+@pytest.mark.parametrize("scenario", ["storm", "balloon", "livelock"])
+def test_invalidations_of_a_sane_kernel_are_counted_as_they_should(tmp_path, scenario):
+    made = make(tmp_path, scenario=scenario, mem_bytes=4 << 20)
+    assert not [f for f in told(made.outcome.trace, "livelock") if f.is_anomaly]

@@ -1,0 +1,186 @@
+"""What each generation does with a page, as stories: one fault, one zap, one refusal at a time."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from unit.simkit import make
+
+from tracer.simulator.kernels import KERNELS, REFCOUNTED_BIT
+
+#: Where the reference goes back, and what can be seen of it (KVM-FACTS 0.1).
+PUT_RECORD = {
+    "6.1": "pfn_clean", "6.12": "pfn_clean", "v7": None, "v8": None, "v9-mailed": None,
+    "v9": "page_clean", "v10": None, "v11": None, "6.13": "finish_fault",
+}  # fmt: skip
+
+
+def first_write(made):
+    """Return the first fault that mapped a page with a count."""
+    return next(f for f in made.faults() if f["result"] == "fixed" and f["faultin_ret"] == 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fault_gives_its_reference_back_as_its_generation_does(tmp_path, kernel):
+    # Given demand paging on a kernel
+    made = make(tmp_path, kernel=kernel, mem_bytes=1 << 20)
+    fault = first_write(made)
+    chain = made.chain(fault)
+
+    # When one fault is looked at: install, what can be seen of the put, and the fault itself
+    puts = [r["call"] for r in chain if r["kind"] == "RELEASE" and r["call"] != "mark_accessed"]
+
+    # Then the put is where the generation has it, and the count is right at both moments
+    expected = PUT_RECORD[kernel]
+    assert puts == ([expected] if expected else [])
+    assert chain[0]["kind"] == "SPTE" and chain[-1]["kind"] == "FAULT"
+    held = 0 if KERNELS[kernel].put == "faultin" else 1
+    assert fault["refcount"] == chain[0]["refcount"] == 2 + held
+    leak = 1 if KERNELS[kernel].put == "never" else 0
+    assert fault["refcount_end"] == 2 + leak
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_a_zap_marks_and_what_the_spte_says(tmp_path, kernel):
+    made = make(tmp_path, kernel=kernel, mem_bytes=1 << 20)
+    marks = Counter(r["call"] for r in made.rows("RELEASE") if r["fault_ts"] is None)
+    zaps = sum(r["op"] == "zap" for r in made.rows("SPTE"))
+    if KERNELS[kernel].zap_marks == "none":
+        assert not marks
+    else:
+        assert marks == {"mark_dirty": zaps, "mark_accessed": zaps}
+    bit = {bool(r["new"] & REFCOUNTED_BIT) for r in made.rows("SPTE") if r["op"] == "install"}
+    assert bit == {KERNELS[kernel].generation == "G1"}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_of_ttm_whose_tails_nobody_counts(tmp_path, kernel):
+    # Given a blob of TTM: blocks of eight pages, of which the first has count 1, the others 0
+    made = make(tmp_path, kernel=kernel, scenario="virtio_gpu")
+    walked = [f for f in made.faults() if f["walk_pfn"] is not None]
+    results = Counter(f["result"] for f in walked)
+
+    # Then 6.1 and 6.12 refuse the tails (the series' subject), all others map them
+    if KERNELS[kernel].pfnmap == "unless_zero":
+        refused = [f for f in walked if f["result"] == "error"]
+        assert refused and all((f["ret"], f["refcount"]) == (-14, 0) for f in refused)
+        assert all(f["pfn"] == 0x7FF << 52 for f in refused)
+        if kernel == "6.1":
+            assert {f["faultin_ret"] for f in refused} == {0}
+    else:
+        assert results["error"] == 0
+        first = 2 if KERNELS[kernel].put == "never" else 1  # the block's first page, by accident
+        assert {0, first} == {f["refcount_end"] for f in walked}
+
+
+def test_without_tdp_v10_refuses_what_it_cannot_count(tmp_path):
+    faults = make(tmp_path, kernel="v10", scenario="virtio_gpu", mmu="shadow").faults()
+    refused = [f for f in faults if f["result"] == "error"]
+    assert refused and all(f["refcount"] == 0 for f in refused)
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12", "6.13"])
+def test_an_invalidation_zaps_before_it_returns_and_frees_after_it_ends(tmp_path, kernel):
+    # Given ballooning
+    made = make(tmp_path, kernel=kernel, scenario="balloon")
+    rows = [r for r in made.rows() if r["kind"] in ("SPTE", "INVALIDATE", "PAGE_FREE")]
+
+    # Then every zap by the notifier lies before the start record of its task, and the sequence
+    # moves by one at each end
+    host = [r for r in rows if r["fault_ts"] is None and r["tid"] in (1001, 1002)]
+    sequences = [r["invalidate_seq"] for r in made.rows("INVALIDATE") if r["op"] == "end"]
+    assert sorted(sequences) == list(range(1, len(sequences) + 1))
+    for before, after in pairwise(host):
+        if before["tid"] == after["tid"] and before.get("cause") == "notifier":
+            assert after.get("cause") == "notifier" or after["op"] == "start"
+    mapped: set[int] = set()
+    for row in rows:
+        if row["kind"] == "SPTE":
+            (mapped.add if row["op"] == "install" else mapped.discard)(row["pfn"])
+        elif row["kind"] == "PAGE_FREE":
+            assert row["pfn"] not in mapped or row["pfn"] == 0xBAB3A
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12", "6.13"])
+def test_faults_that_an_invalidation_overtook_are_tried_again(tmp_path, kernel):
+    made = make(tmp_path, kernel=kernel, scenario="storm", vcpus=3)
+    retried = [f for f in made.faults() if f["result"] == "retry"]
+    assert retried
+    for fault in retried:
+        assert fault["sptes"] == 0
+    inside = {f["faultin_ret"] for f in retried}
+    # Since d02c357e5bfa the fault-in function itself looks for invalidations.
+    assert (1 in inside) == KERNELS[kernel].lockless_retry
+
+
+def test_dirty_logging_protects_and_fast_faults_give_access_back(tmp_path):
+    made = make(tmp_path, scenario="migration", mem_bytes=4 << 20)
+    changes = [r for r in made.rows("SPTE") if r["op"] == "change"]
+    protected = [r for r in changes if r["cause"] == "dirty_log"]
+    given_back = [r for r in changes if r["cause"] == "fast"]
+    assert protected and given_back
+    assert all(r["old"] & 2 and not r["new"] & 2 for r in protected)
+    assert all(r["new"] & 2 and r["sptep"] for r in given_back)
+    fast = [f for f in made.faults() if f["faultin_ret"] == -1]
+    assert fast and all(f["page_bits"] is None and f["hva"] is None for f in fast)
+
+
+def test_huge_pages_are_mapped_at_once_and_counted_on_their_head(tmp_path):
+    made = make(tmp_path, scenario="thp", mem_bytes=4 << 20)
+    large = [r for r in made.rows("SPTE") if r["level"] == 2 and r["op"] == "install"]
+    assert large
+    assert all(r["gfn"] % 512 == 0 and r["pfn"] % 512 == 0 and r["page_order"] == 9 for r in large)
+    tails = [f for f in made.faults() if f["page_bits"] == 3]
+    assert tails and all(f["pfn"] % 512 for f in tails)
+
+
+def test_the_shadow_mmu_prefetches_and_has_an_entry_for_each_address(tmp_path):
+    made = make(tmp_path, scenario="nested")
+    leaves = made.rows("SPTE")
+    assert all(r["sptep"] for r in leaves)
+    assert any(r["cause"] == "prefetch" for r in leaves)
+    several = Counter(r["gfn"] for r in leaves if r["op"] == "install" and r["cause"] == "fault")
+    assert max(several.values()) > 1
+
+
+@pytest.mark.parametrize(("kernel", "bias"), [("6.1", 1), ("6.13", 1024)])
+def test_a_pin_is_a_reference_or_follow_pin_s_bias(tmp_path, kernel, bias):
+    pins = make(tmp_path, kernel=kernel, scenario="nested").rows("PIN")
+    assert Counter(p["op"] for p in pins)["map"] == Counter(p["op"] for p in pins)["unmap"]
+    # At its end a pin may be all that is left of a page that the host took back meanwhile.
+    assert all(p["refcount"] > bias - (p["op"] == "unmap") for p in pins)
+
+
+def test_a_read_finds_the_zero_page_and_a_write_copies_it(tmp_path):
+    made = make(tmp_path, scenario="idle")
+    zero = [f for f in made.faults() if f["page_bits"] == 25]
+    assert zero and not any(f["writable"] for f in zero)
+    inside = [r for r in made.rows("INVALIDATE") if r["fault_ts"] is not None]
+    assert inside, "the copy invalidates the old page within the fault that writes"
+
+
+def test_a_slot_that_goes_takes_every_leaf_with_it(tmp_path):
+    made = make(tmp_path, scenario="slots", mem_bytes=4 << 20)
+    ops = Counter(r["op"] for r in made.rows("SLOT"))
+    assert ops["create"] >= 5 and ops["delete"] >= 3 and ops["move"] == 2
+    assert sum(r["cause"] == "slot" for r in made.rows("SPTE")) > 100
+
+
+def test_references_are_in_the_ledger_and_balance(tmp_path):
+    made = make(tmp_path, scenario="nested", kernel="6.12")
+    references = made.truth("references")
+    assert {r["taker"] for r in references} == {"fault", "prefetch", "pin"}
+    assert all(r["put_ts"] is not None and r["put_pfn"] == r["pfn"] for r in references)
+    leaked = make(tmp_path, kernel="v9-mailed").truth("references")
+    assert all(r["put_ts"] is None for r in leaked)
+
+
+def test_a_vm_that_is_still_there_at_the_end_leaves_lives_open(tmp_path):
+    scenario = tmp_path / "open.toml"
+    scenario.write_text(
+        "title='x'\nexit=false\n[[memory]]\nname='a'\nkind='anon'\ngfn=1\nshare=1.0\n"
+        "[[phase]]\ntouch={memory='a'}\n"
+    )
+    made = make(tmp_path, scenario=str(scenario))
+    assert {life["ended_by"] for life in made.truth("lives")} == {"censored"}
+    assert not [r for r in made.rows("SPTE") if r["op"] == "zap"]

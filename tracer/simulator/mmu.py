@@ -1,0 +1,326 @@
+"""KVM's side of a VM: memslots, roots, leaves, mmu_lock and the mmu notifier's sequence.
+
+What happens here is what a record tells: a leaf is installed, changed or zapped. Who does it, and
+when, is in `fault` and `ops`. May import: standard library, `tracer.simulator`.
+"""
+
+from collections.abc import Iterator
+
+from tracer.simulator.clock import Dice, Story, Task, Turns
+from tracer.simulator.host import Host, Mapping, Page
+from tracer.simulator.kernels import REFCOUNTED_BIT, Kernel
+from tracer.simulator.ledger import Ledger
+from tracer.simulator.recorder import CALL, CAUSE, OP, Recorder
+
+__all__ = ("ALIAS", "ZAP_NS", "Leaf", "Root", "Slot", "Vm", "World")
+
+#: Leaves of the shadow MMU are found by guest virtual page: gfn plus a number of the alias.
+ALIAS = 44
+_GFN = (1 << ALIAS) - 1
+_INSTALL, _CHANGE, _ZAP = OP["install"], OP["change"], OP["zap"]
+_MARK_ACCESSED, _MARK_DIRTY = CALL["mark_accessed"], CALL["mark_dirty"]
+_CAUSES = {number: name for name, number in CAUSE.items()}
+_ACCESSED, _DIRTY, _WRITABLE, _LARGE = 0x20, 0x40, 0x2, 0x80
+#: A leaf costs so much time to zap (ns), and mmu_lock is offered to others after so many.
+ZAP_NS = 1500
+_ZAPS_AT_ONCE = 256
+
+
+class World:
+    """What all parts of one simulation share."""
+
+    __slots__ = ("armed_at", "bugs", "dice", "host", "kernel", "ledger", "out", "touching", "turns")
+
+    def __init__(
+        self, kernel: Kernel, dice: Dice, turns: Turns, out: Recorder, ledger: Ledger, host: Host
+    ) -> None:
+        self.kernel, self.dice, self.turns = kernel, dice, turns
+        self.out, self.ledger, self.host = out, ledger, host
+        #: bug -> probability, at each chance it gets
+        self.bugs: dict[str, float] = {}
+        #: when the recording began (ns), if that was after the VM
+        self.armed_at = 0
+        #: vCPUs that have still something to do in this phase
+        self.touching = 0
+
+    def strikes(self, bug: str) -> bool:
+        """Tell whether a planted bug shows at this chance."""
+        rate = self.bugs.get(bug)
+        return rate is not None and (rate >= 1 or self.dice.random() < rate)
+
+
+class Slot:
+    """One memslot; `valid` is false while it is being deleted (KVM_MEMSLOT_INVALID)."""
+
+    __slots__ = ("as_id", "base", "dirty_log", "end", "first", "flags", "hva", "id", "mapping",
+                 "npages", "told", "valid")  # fmt: skip
+
+    def __init__(
+        self, slot_id: int, base: int, npages: int, mapping: Mapping, first: int, flags: int
+    ) -> None:
+        self.id, self.base, self.npages, self.mapping = slot_id, base, npages, mapping
+        self.first, self.flags, self.as_id = first, flags, 0
+        self.end = base + npages
+        self.hva = mapping.hva + (first << 12)
+        self.valid = True
+        self.dirty_log = False
+        #: does the recording know it?
+        self.told = True
+
+    @property
+    def read_only(self) -> bool:
+        """Is it a KVM_MEM_READONLY slot?"""
+        return bool(self.flags & 2)
+
+
+class Leaf:
+    """One SPTE that maps guest memory."""
+
+    __slots__ = ("as_id", "birth", "changes", "gfn", "key", "level", "page", "pfn", "root",
+                 "slot_id", "spte", "sptep")  # fmt: skip
+
+    def __init__(self, root: "Root", key: int, level: int, spte: int, pfn: int, page: Page) -> None:
+        self.root, self.key, self.level, self.spte = root, key, level, spte
+        self.gfn, self.pfn, self.page = key & _GFN, pfn, page
+        self.sptep = self.changes = self.as_id = 0
+        self.slot_id: int | None = 0
+        self.birth: tuple[object, ...] = ()
+
+
+class Root:
+    """One tree of SPTEs; after a fast zap-all it is invalid, and reached by nobody new."""
+
+    __slots__ = ("leaves", "tables", "valid")
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Leaf] = {}
+        #: 2M leaves by gfn >> 9 stand in `leaves` under their first gfn
+        self.tables: dict[int, int] = {}
+        self.valid = True
+
+
+class Vm:
+    """One VM: the lock, the sequence, the slots and the tree that its vCPUs use."""
+
+    def __init__(self, world: World, number: int, mmu: str, tgid: int, aliases: int = 1) -> None:
+        self.world, self.id, self.tgid = world, number, tgid
+        self.shadow = mmu == "shadow"
+        self.mmu = 2 if self.shadow else 1
+        self.aliases = aliases if self.shadow else 1
+        self.kvm = 0xFF11000107DFA000 + (number << 20)
+        self.seq = self.in_progress = 0
+        #: notifier calls between start and end: slots are not swapped meanwhile
+        self.active_invalidations = 0
+        self.range: tuple[int, int] = (0, 0)
+        self.write_until = self.read_until = 0
+        self.slots: dict[int, Slot] = {}
+        self._at: list[Slot] = []
+        self.root = Root()
+        self.old_roots: list[Root] = []
+        self.tasks: list[Task] = []
+        self._next_table = 0xFF11000200000000 + (number << 32)
+
+    # --- slots -----------------------------------------------------------------------------------
+
+    def add_slot(self, slot: Slot) -> None:
+        """Let vCPUs find the slot."""
+        self.slots[slot.id] = slot
+        self._at = sorted(self.slots.values(), key=lambda s: s.base)
+
+    def drop_slot(self, slot: Slot) -> None:
+        """Take the slot away."""
+        del self.slots[slot.id]
+        self._at.remove(slot)
+
+    def slot_at(self, gfn: int) -> Slot | None:
+        """Return the slot of a guest frame, as search_memslots() does."""
+        for slot in self._at:
+            if slot.base <= gfn < slot.end:
+                return slot
+        return None
+
+    # --- mmu_lock --------------------------------------------------------------------------------
+
+    def write_lock(self, task: Task, hold: int) -> Story:
+        """Wait for mmu_lock and take it for `hold` ns; the task's clock moves with it."""
+        turns = self.world.turns
+        while True:
+            free = max(self.write_until, self.read_until)
+            if task.now < free:
+                task.now = free
+            if task.now > turns.next:
+                yield task.now
+                if task.now < max(self.write_until, self.read_until):
+                    continue
+            self.write_until = task.now + hold
+            return
+
+    # --- leaves ----------------------------------------------------------------------------------
+
+    def _sptep(self, root: Root, key: int, level: int) -> int:
+        shift = 9 * level
+        table = root.tables.get(key >> shift)
+        if table is None:
+            table = self._next_table
+            self._next_table += 4096
+            root.tables[key >> shift] = table
+        return table + (key >> (shift - 9) & 511) * 8
+
+    def spte_for(self, pfn: int, *, writable: bool, host_writable: bool, level: int,
+                 counted: bool, accessed: bool) -> int:  # fmt: skip
+        """make_spte() without write tracking: the bits of NPT and of the shadow MMU."""
+        kernel = self.world.kernel
+        spte = pfn << 12 | 0x801 | (0 if self.shadow else 0x4)
+        if accessed:
+            spte |= _ACCESSED
+        if host_writable:
+            spte |= 0x200
+        if writable:
+            spte |= _WRITABLE | _DIRTY | 0x400
+        if level > 1:
+            spte |= _LARGE
+        if counted and (kernel.bit_shadow if self.shadow else kernel.bit_tdp):
+            spte |= REFCOUNTED_BIT
+        return spte
+
+    def install(
+        self, task: Task, ts: int, key: int, level: int, pfn: int, page: Page, spte: int,
+        slot: Slot, cause: int, root: Root | None = None,
+    ) -> Leaf:  # fmt: skip
+        """Write a leaf where there was none."""
+        root = root or self.root
+        leaf = Leaf(root, key, level, spte, pfn, page)
+        leaf.sptep = self._sptep(root, key, level) if self.shadow else 0
+        leaf.slot_id, leaf.as_id = slot.id, slot.as_id
+        if self.world.bugs and (self.slots.get(slot.id) is not slot or leaf.gfn >= slot.end):
+            there = self.slot_at(leaf.gfn)
+            leaf.slot_id = there.id if there is not None else None
+        seq = self.world.out.spte(
+            task, ts, _INSTALL, leaf.gfn, pfn, self.world.kernel.nonpresent, spte, leaf.sptep,
+            level, slot.as_id, cause, self.mmu, page,
+        )  # fmt: skip
+        leaf.birth = (ts, cause, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
+                      task.vcpu if task.fault_ts else None, spte, page.count,
+                      page.mapcount)  # fmt: skip
+        root.leaves[key] = leaf
+        if page.bits:
+            self.world.host.mapped_by_vm(page, self.id)
+        return leaf
+
+    def change(
+        self, task: Task, ts: int, leaf: Leaf, new: int, cause: int, *, sptep: int = 0
+    ) -> None:
+        """Change bits of a leaf in place, same page."""
+        self.world.out.spte(
+            task, ts, _CHANGE, leaf.gfn, leaf.pfn, leaf.spte, new, leaf.sptep or sptep, leaf.level,
+            leaf.as_id, cause, self.mmu, leaf.page,
+        )  # fmt: skip
+        leaf.spte = new
+        leaf.changes += 1
+
+    def rewrite(self, task: Task, ts: int, leaf: Leaf, new: int, cause: int, gfn: int) -> None:
+        """Write a leaf anew that had the dirty bit and loses it: then its page is marked."""
+        dirty = leaf.spte & _DIRTY and self.world.kernel.zap_marks != "none"
+        self.change(task, ts, leaf, new, cause)
+        if dirty:
+            task.now = ts + 400
+            self.world.out.release(task, task.now, _MARK_DIRTY, gfn, leaf.pfn, leaf.page)
+
+    def zap(self, task: Task, ts: int, leaf: Leaf, cause: int, *, new: int = -1) -> None:
+        """Take a leaf away, and mark its page as the kernel does."""
+        world, kernel, page = self.world, self.world.kernel, leaf.page
+        if new < 0:
+            new = 0 if self.shadow else kernel.nonpresent
+        seq = world.out.spte(
+            task, ts, _ZAP, leaf.gfn, leaf.pfn, leaf.spte, new, leaf.sptep, leaf.level, leaf.as_id,
+            cause, self.mmu, page,
+        )  # fmt: skip
+        self.close(leaf, ts, cause, task, seq, "teardown" if cause == CAUSE["teardown"] else "zap")
+        if kernel.zap_marks == "all" or (
+            kernel.zap_marks == "bit" and (leaf.spte & REFCOUNTED_BIT or not self._has_bit(kernel))
+        ):
+            self._mark(task, ts, leaf)
+
+    def _has_bit(self, kernel: Kernel) -> bool:
+        return kernel.bit_shadow if self.shadow else kernel.bit_tdp
+
+    def _mark(self, task: Task, ts: int, leaf: Leaf) -> None:
+        # TDP: handle_changed_spte() comes to the dirty bit first; rmap code to the accessed bit.
+        marks = [(_MARK_DIRTY, _DIRTY), (_MARK_ACCESSED, _ACCESSED)]
+        page = leaf.page
+        for call, bit in reversed(marks) if self.shadow else marks:
+            if leaf.spte & bit:
+                ts += 400
+                self.world.out.release(task, ts, call, 0, leaf.pfn, page)
+                if call == _MARK_DIRTY and page.lru and page.count > 0:
+                    page.flags = self.world.kernel.flags.marked
+
+    def close(self, leaf: Leaf, ts: int | None, cause: int, task: Task | None, seq: int,
+              ended_by: str) -> None:  # fmt: skip
+        """Enter a life into the ledger and forget the leaf."""
+        leaf.root.leaves.pop(leaf.key, None)
+        self.enter(leaf, ts, cause, task, seq, ended_by)
+
+    def enter(self, leaf: Leaf, ts: int | None, cause: int, task: Task | None, seq: int,
+              ended_by: str) -> None:  # fmt: skip
+        """Enter a life into the ledger; `task` is None if the recording ended first."""
+        birth_ts, birth_cause, tid, tgid, cpu, birth_seq, fault_ts, vcpu, spte, count, mapped = (
+            leaf.birth
+        )
+        dead = task is not None
+        zapped = dead and ended_by != "superseded"  # no record shows the page at any other end
+        self.world.ledger.lives.append((
+            self.id, leaf.as_id, "shadow" if self.shadow else "tdp", leaf.level, leaf.gfn,
+            1 << 9 * (leaf.level - 1), leaf.pfn, leaf.sptep or None, leaf.slot_id, birth_ts,
+            _CAUSES[birth_cause], tid, tgid, cpu, birth_seq,  # type: ignore[index]
+            fault_ts or None, vcpu, ts, _CAUSES[cause] if dead else None,
+            task.tid if task else None, task.tgid if task else None, task.cpu if task else None,
+            seq if dead else None, spte, leaf.spte, leaf.changes,
+            count if leaf.page.bits else None,
+            leaf.page.count if zapped and leaf.page.bits else None,
+            mapped if leaf.page.bits else None, ended_by,
+        ))  # fmt: skip
+
+    def leaves_in(self, root: Root, first: int, last: int) -> list[Leaf]:
+        """Return the leaves that map a guest frame of [first, last), large ones included."""
+        leaves = root.leaves
+        if last - first > len(leaves):
+            found = [
+                leaf for leaf in leaves.values()
+                if leaf.gfn < last and leaf.gfn + (1 << 9 * (leaf.level - 1)) > first
+            ]  # fmt: skip
+            return sorted(found, key=lambda leaf: leaf.key)
+        found = []
+        for alias in range(self.aliases):
+            high = alias << ALIAS
+            large = leaves.get((first & ~511) + high)
+            if large is not None and large.level > 1 and first & 511:
+                found.append(large)
+            for gfn in range(first, last):
+                leaf = leaves.get(gfn + high)
+                if leaf is not None:
+                    found.append(leaf)
+        return found
+
+    def zap_range(
+        self, task: Task, leaves: list[Leaf], cause: int, *, new: int = -1, write: bool = True
+    ) -> Story:
+        """Zap leaves one after another, offering mmu_lock in between as the kernel does."""
+        turns = self.world.turns
+        for at in range(0, len(leaves), _ZAPS_AT_ONCE):
+            part = leaves[at : at + _ZAPS_AT_ONCE]
+            if write or self.shadow:
+                yield from self.write_lock(task, len(part) * ZAP_NS)
+            elif task.now > turns.next:
+                yield task.now
+            for leaf in part:
+                if task.now > turns.next:
+                    yield task.now
+                if leaf.root.leaves.get(leaf.key) is leaf:
+                    self.zap(task, task.now, leaf, cause, new=new)
+                    task.now += ZAP_NS
+
+    def all_leaves(self) -> Iterator[Leaf]:
+        """Yield every leaf, those of old roots first."""
+        for root in (*self.old_roots, self.root):
+            yield from list(root.leaves.values())
