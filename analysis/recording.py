@@ -146,14 +146,21 @@ def _sound_until(reader: TraceReader, info: dict[str, Any]) -> int | None:
 
     The recorder takes equally many records of every ring, and rings fill unequally fast: when it
     is killed, some have been read farther than others. A ring's own records are in order, so all
-    is there up to the last record of the ring that is furthest behind.
+    is there up to the last record of the ring that is furthest behind. It writes a flush kind by
+    kind: of the last one, kinds may be missing if there is no end mark.
     """
     if info["complete"] and info["summary"].get("why") not in _CUT_SHORT:
         return None
     rings = reader.meta.settings.get("rings")
     rings = rings if isinstance(rings, int) and 1 <= rings <= 64 else 1
     last = np.zeros(rings, np.uint64)
-    for batch in reader.batches(_EVENT_KINDS, ["ts", "cpu"]):
+    blocks = reader.blocks()
+    flush = -1 if info["complete"] else max((block.group for block in blocks), default=0)
+    load = reader.loader(("ts", "cpu"))
+    for block in blocks:
+        batch = load(block) if block.kind in _EVENT_KINDS and block.group != flush else None
+        if batch is None:
+            continue
         cpu = numbers(batch.column("cpu")).astype(np.int64)
         np.maximum.at(last, cpu % rings, numbers(batch.column("ts")))
     end = int(last.max())

@@ -204,7 +204,7 @@ def test_no_config_says_nothing(root):
     [
         ("/boot/config-6.12", CONFIG.encode()),
         ("/lib/modules/6.12/config", CONFIG.encode()),
-        ("/proc/config.gz", gzip.compress(CONFIG.encode())),
+        ("/proc/config.gz", gzip.compress(CONFIG.encode(), mtime=0)),
     ],
 )
 def test_the_config_is_found_wherever_it_lies_and_what_is_not_set_is_n(root, path, content):
