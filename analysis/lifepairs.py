@@ -259,6 +259,7 @@ def _regular(table: _Sorted, lone: Array, censored: Array, plain: Array | None) 
     if orphan.any():
         waits = np.True_ if plain is None else plain.take(table.order.take(table.head))
         is_orphan[oldest] = np.where(orphan, np.where(waits, UNDECIDED, FINAL), 0)
+        stays[orphan & (newest == oldest)] = NONE  # a change that is alone is no life
     changes = places(table.op == CHANGE)
     return Lives(
         first=begun,

@@ -207,6 +207,7 @@ class OpenLives:
 
     def insert(self, h: Array, slots: Array) -> None:
         """Enter keys that the table does not have, each once, with the slots of their lives."""
+        assert not len(slots) or slots.min() >= 0
         self._make_room(len(slots))
         self._enter(h, slots)
 

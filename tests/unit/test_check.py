@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from unit.records import group, write_trace
-from unit.tracekit import SHIPPED, shipped
+from unit.tracekit import SHIPPED, shipped, told
 
 from analysis import detectors
 from analysis.chains import fetch
@@ -288,6 +288,16 @@ def test_random_numbers_in_every_field_are_answered(tmp_path):
 
 
 # --- merged traces --------------------------------------------------------------------------------
+
+
+def test_kinds_that_a_killed_recorder_had_not_written_yet_accuse_nobody(tmp_path):
+    # GIVEN a recorder that was killed within its first flush: faults and SPTEs, no memslots yet
+    cut = shipped("prime-6.12")
+    cut.summary, cut.losses = None, {}
+    for kind in ("SLOT", "VM", "INVALIDATE", "PAGE_FREE", "PAGE_ALLOC"):
+        cut[kind] = cut[kind][:0]
+    # THEN no fault is blamed for a slot that nobody saw
+    assert not [finding for finding in told(cut.write(tmp_path / "x.pfnt")) if finding.is_anomaly]
 
 
 def test_each_recording_of_a_merged_trace_is_judged_alone(tmp_path):

@@ -261,7 +261,8 @@ def written_late(rows: list[Row], which: set[int]) -> list[Row]:
         if row["op"] == "install":
             place = ("vm", "mmu", "level", "gfn")
             same = [r for r in rows[at + 1 :] if all(r[key] == row[key] for key in place)]
-            if same and same[0]["op"] != "install":
+            # By another thread: one does not overtake itself.
+            if same and same[0]["op"] != "install" and same[0]["tid"] != row["tid"]:
                 row["ts"] = same[0]["ts"] + 1
     return sorted(rows, key=lambda row: row["ts"])
 
