@@ -45,7 +45,7 @@ install: .venv/.installed ## make .venv with everything that Python needs (.venv
 		sed -un -e 's/^Collecting \([^ ]*\).*/   \1/p' -e '/^ *ERROR/,$$p'
 	@touch $@
 
-check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab (1 minute)
+check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab (2 minutes)
 	@mkdir -p build
 	@$(call say,format: ruff)
 	@$(BIN)/ruff format --check . >build/format.log || \
