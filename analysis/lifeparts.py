@@ -4,6 +4,8 @@ May import: numpy, `analysis`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,8 +18,8 @@ from analysis.lifestore import (
     CENSORED,
     COUNT_KNOWN,
     DIRTY,
+    LIFE,
     NONE,
-    VM_SHIFT,
     Array,
     places,
 )
@@ -25,7 +27,8 @@ from analysis.lifewalk import INSTALL
 from analysis.pagecodes import page_codes
 from analysis.schema import BIRTH_CAUSES, ENDED_BY
 
-__all__ = ("Changes", "Collapses", "Deaths", "Ends", "adopted", "births", "changes_of")
+__all__ = ("AMENDED", "FIELDS", "Births", "Changes", "Collapses", "Deaths", "Fields", "adopted",
+           "changes_of")  # fmt: skip
 
 #: refcount_min and refcount_max of a life of which no count is known.
 _MOST, _LEAST = np.int32((1 << 31) - 1), np.int32(-(1 << 31))
@@ -43,69 +46,114 @@ _BY_SLOT = code("cause", "slot")
 _CAUSE = np.arange(256, dtype=np.uint8)
 _CAUSE[len(BIRTH_CAUSES) :] = code("cause", "other")
 
-Columns = dict[str, Array]
+#: Fields of `LIFE` that mean something; those that are columns of records; those that change.
+FIELDS = tuple(name for name in LIFE.names or () if name != "spare")
+_GATHERED = {
+    **{f"birth_{name}": name for name in ("tid", "tgid", "seq", "cpu")},
+    **{name: name for name in ("gfn", "fault_ts", "vcpu", "level", "as_id")},
+    **{f"{name}_birth": name for name in ("refcount", "mapcount")},
+}
+AMENDED = ("changes", "flags", "refcount_min", "refcount_max", "spte_last")
 
 
-def births(
-    events: Events, at: Array, since: Array, censored: Array, life_id: Array, context: LifeContext
-) -> Columns:
-    """Return the fields of `LIFE` of lives that began with some events, `since` the time of others.
+class Fields(dict[str, Array]):
+    """Columns of `LIFE` of some lives, each made when it is first asked for.
 
-    Where the beginning is `censored` an event is the first one that was seen.
+    What a block of events changed in place is added: `changes`, of the lives with these numbers.
     """
-    keys, get = events.keys, events.columns
-    ts, gfn, as_id = get["ts"].take(at), get["gfn"].take(at), get["as_id"].take(at)
-    meta, pfn = keys.meta.take(at), keys.frame.take(at)
-    spte = get["new"].take(at)
-    if censored.any():
-        spte = np.where(censored, get["old"].take(at), spte)
-    bits, count, mapcount = (get[n].take(at) for n in ("page_bits", "refcount", "mapcount"))
-    known = (bits != 0) & ~censored
-    classes = page_codes(bits, count, mapcount, pfn)
-    if events.part is not None:
-        part = events.part.take(at)
-        known &= part != CHILD
-        classes[part == MOVED_FROM] = -1
-    flags = _flags(spte, context)
-    flags |= censored * np.uint8(CENSORED)
-    flags |= known * np.uint8(COUNT_KNOWN)
-    return {
-        "life_id": life_id,
-        "place": keys.place.take(at),
-        "meta": meta,
-        "gfn": gfn,
-        "pfn": pfn,
-        "birth_ts": ts if since is at else get["ts"].take(since),
-        "fault_ts": get["fault_ts"].take(at),
-        "spte_birth": spte,
-        "spte_last": spte.copy(),  # changes are written into it
-        **{f"birth_{name}": get[name].take(at) for name in ("tid", "tgid", "seq", "cpu")},
-        "changes": np.zeros(len(at), np.uint32),
-        "vcpu": get["vcpu"].take(at),
-        "slot": context.slots.find(ts, meta >> np.uint64(VM_SHIFT), as_id, gfn),
-        "refcount_birth": count,
-        "mapcount_birth": mapcount,
-        "refcount_min": np.where(known, count, _MOST),
-        "refcount_max": np.where(known, count, _LEAST),
-        "next": np.full(len(at), NONE, np.int32),
-        "level": get["level"].take(at),
-        "as_id": as_id,
-        "birth_cause": _CAUSE.take(get["cause"].view(np.uint8).take(at)),
-        "page_class": classes,
-        "flags": flags,
-    }
+
+    def __init__(self, make: Callable[[str], Array], changes: "Changes", lives: Array) -> None:
+        super().__init__()
+        self._make, self._changes, self._lives = make, changes, lives
+        self._any = bool(changes.some.take(lives).any())
+
+    def __missing__(self, name: str) -> Array:
+        values = self._make(name)
+        if self._any and name in AMENDED:
+            values = self._changes.amend(name, values, self._lives)
+        self[name] = values
+        return values
 
 
-def adopted(old: Array, rows: Columns) -> Array:
+class Births:
+    """How lives began: at some events, `since` the time of others (mostly the same).
+
+    Where the beginning is `censored` an event is the first one that was seen. Called with the name
+    of a field of `LIFE` it makes that column.
+    """
+
+    def __init__(
+        self, events: Events, at: Array, since: Array, censored: Array, context: LifeContext
+    ) -> None:
+        self._events, self._at, self._since = events, at, since
+        self._censored, self._context = censored, context
+
+    def __call__(self, name: str) -> Array:
+        get, keys, at = self._events.columns, self._events.keys, self._at
+        if name in _GATHERED:
+            return get[_GATHERED[name]].take(at)
+        if name in ("place", "meta"):
+            return np.asarray(getattr(keys, name).take(at))
+        if name == "pfn":
+            return keys.frame.take(at)
+        if name == "birth_ts":
+            return get["ts"].take(self._since)
+        if name == "birth_cause":
+            return _CAUSE.take(get["cause"].view(np.uint8).take(at))
+        if name in ("spte_birth", "spte_last"):
+            return self._spte
+        if name == "flags":
+            flags = _flags(self._spte, self._context)
+            flags |= self._censored * np.uint8(CENSORED)
+            flags |= self._known * np.uint8(COUNT_KNOWN)
+            return flags
+        if name == "refcount_min":
+            return np.where(self._known, get["refcount"].take(at), _MOST)
+        if name == "refcount_max":
+            return np.where(self._known, get["refcount"].take(at), _LEAST)
+        if name == "page_class":
+            return self._page_class()
+        if name == "slot":
+            vm, as_id, ts = (get[column].take(at) for column in ("vm", "as_id", "ts"))
+            return self._context.slots.find(ts, vm, as_id, get["gfn"].take(at))
+        return np.full(len(at), {"changes": 0, "next": NONE}[name], np.int32)
+
+    @functools.cached_property
+    def _spte(self) -> Array:
+        """The first value that was seen."""
+        spte: Array = self._events.columns["new"].take(self._at)
+        if self._censored.any():
+            spte = np.where(self._censored, self._events.columns["old"].take(self._at), spte)
+        return spte
+
+    @functools.cached_property
+    def _known(self) -> Array:
+        """Is the page's count at the beginning known? Not that of a leaf that a split bore."""
+        known = (self._events.columns["page_bits"].take(self._at) != 0) & ~self._censored
+        if self._events.part is not None:
+            known &= self._events.part.take(self._at) != CHILD
+        return np.asarray(known)
+
+    def _page_class(self) -> Array:
+        get, at = self._events.columns, self._at
+        bits, count, kind = (get[name].take(at) for name in ("page_bits", "refcount", "mapcount"))
+        classes = page_codes(bits, count, kind, self._events.keys.frame.take(at))
+        if self._events.part is not None:
+            # The record speaks of the page that came after it.
+            classes[self._events.part.take(at) == MOVED_FROM] = -1
+        return classes
+
+
+def adopted(old: Array, rows: Births) -> Array:
     """Return rows of `LIFE` whose beginning had not been seen, and now is, as in `rows`."""
     new = old.copy()
-    for name, column in rows.items():
+    for name in FIELDS:
         if name not in ("life_id", "birth_ts", "spte_last", "changes", "next"):
-            new[name] = column
+            new[name] = rows(name)
     seen = old["flags"] & np.uint8(~(CENSORED | COUNT_KNOWN) & 0xFF)
     new["flags"] |= seen
-    new["refcount_min"] = np.minimum(old["refcount_min"], rows["refcount_min"])
-    new["refcount_max"] = np.maximum(old["refcount_max"], rows["refcount_max"])
+    new["refcount_min"] = np.minimum(old["refcount_min"], rows("refcount_min"))
+    new["refcount_max"] = np.maximum(old["refcount_max"], rows("refcount_max"))
     return np.asarray(new)
 
 
@@ -132,18 +180,18 @@ class Changes:
     most: Array
     last: Array
 
-    def apply(self, rows: Columns, lives: Array) -> None:
-        """Add them to rows of some lives, in place."""
-        at = places(self.some.take(lives))
-        if not len(at):
-            return
-        of = lives.take(at)
-        rows["changes"][at] += self.count.take(of)
-        rows["flags"][at] |= self.flags.take(of)
-        rows["refcount_min"][at] = np.minimum(rows["refcount_min"][at], self.least.take(of))
-        rows["refcount_max"][at] = np.maximum(rows["refcount_max"][at], self.most.take(of))
-        last = self.last.take(of)
-        rows["spte_last"][at] = np.where(last == 0, rows["spte_last"][at], last)
+    def amend(self, name: str, values: Array, lives: Array) -> Array:
+        """Return a column of rows of some lives with what was changed."""
+        if name == "changes":
+            return values + self.count.take(lives)
+        if name == "flags":
+            return values | self.flags.take(lives)
+        if name == "refcount_min":
+            return np.minimum(values, self.least.take(lives))
+        if name == "refcount_max":
+            return np.maximum(values, self.most.take(lives))
+        last = self.last.take(lives)
+        return np.where(last == 0, values, last)
 
 
 def changes_of(events: Events, lives: Lives, context: LifeContext) -> Changes:
@@ -171,76 +219,84 @@ def changes_of(events: Events, lives: Lives, context: LifeContext) -> Changes:
     return Changes(moved, changes, flags, least, most, last)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Deaths:
-    """What ended some lives: columns of the records that did, and `ended_by` as a number.
+    """What ended some lives of a block; each column is made when it is first asked for.
 
-    `old` is the last value of the SPTE; where the record is another life's `own` is False, None
-    if it is nowhere. `counted` tells where `refcount` is of the life's page.
+    `ts`, `tid`, `tgid`, `cpu`, `seq` and `refcount` are those of the record that did, `cause` and
+    `ended_by` numbers. `own` tells where that record is the life's own, so that `old` is its last
+    SPTE (None if it is everywhere), and `counted` where `refcount` is of the life's page.
     """
 
-    ts: Array
-    cause: Array
-    tid: Array
-    tgid: Array
-    cpu: Array
-    seq: Array
-    refcount: Array
-    counted: Array
-    old: Array
-    own: Array | None
-    ended_by: Array
-
-
-class Ends:
-    """How the lives of a block end. `collapsed` is what `Collapses.cover` says of its events."""
-
     def __init__(
-        self, events: Events, lives: Lives, collapsed: Array, context: LifeContext
+        self, events: Events, lives: Lives, of: Array, collapsed: Array, context: LifeContext
     ) -> None:
-        self._events, self._lives = events, lives
-        self._collapsed, self._context = collapsed, context
+        """Take which lives; `collapsed` is what `Collapses.cover` says of all events."""
+        self._events, self._collapsed, self._context = events, collapsed, context
+        self._at = lives.death.take(of)
+        superseded = lives.superseded.take(of)
+        self.own: Array | None = ~superseded if superseded.any() else None
 
-    def of(self, lives: Array) -> Deaths:
-        """Return how some lives ended."""
-        events, get, at = self._events, self._events.columns, self._lives.death.take(lives)
-        cause = _CAUSE.take(get["cause"].view(np.uint8).take(at))
-        ended_by = self._ended_by(at, cause)
-        counted = get["page_bits"].take(at) != 0
-        if events.part is not None:
-            moved = events.part.take(at) == MOVED_FROM
-            ended_by[moved] = _MOVED
-            counted &= ~moved
-        superseded, own = self._lives.superseded.take(lives), None
-        if superseded.any():
-            own = ~superseded
-            ended_by[superseded] = _SUPERSEDED
-            counted &= own
-        tid, tgid, cpu, seq = (get[name].take(at) for name in ("tid", "tgid", "cpu", "seq"))
-        ts, count, old = get["ts"].take(at), get["refcount"].take(at), get["old"].take(at)
-        return Deaths(ts, cause, tid, tgid, cpu, seq, count, counted, old, own, ended_by)
+    def column(self, name: str) -> Array:
+        """Return a column of the records."""
+        return self._events.columns[name].take(self._at)
 
-    def _ended_by(self, at: Array, cause: Array) -> Array:
-        """Return what records end lives by, their own lives'."""
-        get, shadow = self._events.columns, self._events.shadow
-        ended_by: Array = _ENDED_BY.take(cause)
+    @functools.cached_property
+    def refcount(self) -> Array:
+        """The count of the record's page."""
+        return self.column("refcount")
+
+    @functools.cached_property
+    def old(self) -> Array:
+        """The SPTE before."""
+        return self.column("old")
+
+    @functools.cached_property
+    def cause(self) -> Array:
+        """Why it happened."""
+        return _CAUSE.take(self.column("cause").view(np.uint8))
+
+    @functools.cached_property
+    def counted(self) -> Array:
+        """Where the count is that of the life's page."""
+        counted = self.column("page_bits") != 0
+        if self._events.part is not None:
+            counted &= self._events.part.take(self._at) != MOVED_FROM
+        if self.own is not None:
+            counted &= self.own
+        return np.asarray(counted)
+
+    @functools.cached_property
+    def ended_by(self) -> Array:
+        """The number in ENDED_BY of each."""
+        ended_by: Array = _ENDED_BY.take(self.cause)
+        shadow, at = self._events.shadow, self._at
         if len(self._collapsed):
             ended_by[self._collapsed.take(at) & (ended_by == _ZAPPED)] = _COLLAPSED
-        by_slot = places(cause == _BY_SLOT)
+        by_slot = places(self.cause == _BY_SLOT)
         if len(by_slot):
-            # Dirty logging ends: tables that large leaves could replace go, with their leaves. On
-            # 6.1, where empty is 0, a deleted slot's go in the same way: there nothing tells.
-            of = at.take(by_slot)
-            new = get["new"].take(of)
-            table = _is_frozen(new) & (new >> np.uint64(63) != 0) & ~shadow.take(of)
-            table &= self._context.slots.flags_changed(get["vm"].take(of), get["ts"].take(of))
-            ended_by[by_slot.compress(table)] = _COLLAPSED
-        large = places(get["level"].take(at) > 1)
+            ended_by[by_slot.compress(self._tables_gone(at.take(by_slot)))] = _COLLAPSED
+        large = places(self.column("level") > 1)
         if len(large):
             of = at.take(large)
-            table = (get["new"].take(of) & PRESENT) != 0
+            table = (self._events.columns["new"].take(of) & PRESENT) != 0
             ended_by[large.compress(table & ~shadow.take(of))] = _SPLIT_UP
+        if self._events.part is not None:
+            ended_by[self._events.part.take(at) == MOVED_FROM] = _MOVED
+        if self.own is not None:
+            ended_by[~self.own] = _SUPERSEDED
         return ended_by
+
+    def _tables_gone(self, at: Array) -> Array:
+        """Tell which zaps for a memslot took out a table that a large leaf could replace.
+
+        So dirty logging ends. On 6.1, where empty is 0, a deleted slot's tables go in the same
+        way: there nothing tells.
+        """
+        get = self._events.columns
+        new = get["new"].take(at)
+        gone = _is_frozen(new) & (new >> np.uint64(63) != 0) & ~self._events.shadow.take(at)
+        gone &= self._context.slots.flags_changed(get["vm"].take(at), get["ts"].take(at))
+        return np.asarray(gone)
 
 
 def _is_frozen(spte: Array) -> Array:

@@ -93,7 +93,7 @@ class _Part:
 
     def died(self, name: str) -> _Values:
         """Return a column of the last records."""
-        return self.why(name, 0)
+        return 0 if self.deaths is None else self.deaths.column(name)
 
     def why(self, name: str, open_life: int) -> _Values:
         """Return what is known of the ends, or a number for lives that are open."""
@@ -129,7 +129,7 @@ class _Part:
         if self.censored is not False:
             birth = np.where(self.censored, np.uint64(0), birth)
         forever = np.full(len(birth), (1 << 64) - 1, np.uint64)
-        return self.context.lost(birth, forever if self.deaths is None else self.deaths.ts)
+        return self.context.lost(birth, forever if self.deaths is None else self.died("ts"))
 
 
 _Columns = Callable[[_Part], _Values]
@@ -169,7 +169,7 @@ _MAKERS: dict[str, tuple[_Columns, _Columns | None]] = {
     "accessed": (lambda p: p.ever(ACCESSED, p.context.accessed_mask), None),
     "dirty": (lambda p: p.ever(DIRTY, p.context.dirty_mask), None),
     "refcount_birth": (lambda p: p.rows["refcount_birth"], lambda p: p.no_count),
-    "refcount_death": (lambda p: p.died("refcount"), _Part.no_last_count),
+    "refcount_death": (lambda p: p.why("refcount", 0), _Part.no_last_count),
     "refcount_min": (lambda p: p.least, lambda p: p.no_counts),
     "refcount_max": (lambda p: p.most, lambda p: p.no_counts),
     "mapcount_birth": (lambda p: p.rows["mapcount_birth"], lambda p: p.no_count),

@@ -28,11 +28,13 @@ from analysis.lifecontext import LifeContext
 from analysis.lifeevents import MOVED_FROM, SPTE_COLUMNS, Events, events_of, expected
 from analysis.lifepairs import Lives, pair
 from analysis.lifeparts import (
-    Changes,
+    AMENDED,
+    FIELDS,
+    Births,
     Collapses,
-    Ends,
+    Deaths,
+    Fields,
     adopted,
-    births,
     changes_of,
 )
 from analysis.lifestore import LIFE, NONE, Array, OpenLives, places
@@ -108,8 +110,9 @@ class LifeBuilder:
         slots = self._open.slots()
         slots = slots.take(np.argsort(self._open.rows["life_id"][slots]))
         table = self._table(len(slots))
-        for first in range(0, len(slots), STEP):
-            table.add(_fields(self._open.rows.take(slots[first : first + STEP])), None)
+        for part in _steps(slots):
+            rows = self._open.rows.take(part)
+            table.add({name: rows[name] for name in FIELDS}, None)
         return self._asked_for(table.frame())
 
     def finish(self) -> pd.DataFrame:
@@ -179,70 +182,89 @@ class LifeBuilder:
     def _block(self, events: Events, frames: list[pd.DataFrame]) -> Lives:
         ts, vm = events.columns["ts"], events.columns["vm"]
         lives = pair(events.keys, self._open, lambda at: self._context.missable(vm[at], ts[at]))
-        changes = changes_of(events, lives, self._context)
-        ends = Ends(events, lives, self._collapses.cover(events), self._context)
-        self._adopt(events, lives)
-        real = lives.orphan == 0
-        is_new, over = real & (lives.slot == NONE), real & (lives.death != NONE)
-        new = _by_event(lives.entry, is_new, len(events))
-        ids = np.zeros(len(is_new), np.int64)
-        ids[new] = np.arange(self._next, self._next + len(new))
-        self._next += len(new)
+        collapsed = self._collapses.cover(events)
+        block = _Block(events, lives, collapsed, self._open, self._context, self._next)
+        self._next += len(block.new)
+        block.adopt()
+        over = (lives.orphan == 0) & (lives.death != NONE)
         table = self._table(int(np.count_nonzero(over)))
-        old = self._end(lives, changes, ends, table)
-        for part in _steps(new.compress(over.take(new))):
-            rows = self._births(events, lives, part, ids)
-            changes.apply(rows, part)
-            table.add(rows, ends.of(part))
+        old = places(over & (lives.slot != NONE))
+        old = old.take(np.argsort(self._open.rows["life_id"][lives.slot.take(old)]))
+        for part in _steps(old):
+            table.add(block.carried(part), block.deaths(part))
+        for part in _steps(block.new.compress(over.take(block.new))):
+            table.add(block.begun(part), block.deaths(part))
         slot = lives.slot.copy()
-        for part in _steps(new.compress(~over.take(new))):
-            rows = self._births(events, lives, part, ids)
-            changes.apply(rows, part)
+        for part in _steps(block.new.compress(~over.take(block.new))):
+            rows = block.begun(part)
             kept = np.empty(len(part), LIFE)
-            for name, column in rows.items():
-                kept[name] = column
+            for name in FIELDS:
+                kept[name] = rows[name]
             slot[part] = self._open.put(kept)
-        self._touch(lives, changes)
+        block.touch()
         lives.settle(self._open, slot)
         self._open.drop(lives.slot.take(old))
         frames.append(table.frame())
         return lives
 
-    def _end(self, lives: Lives, changes: Changes, ends: Ends, table: LifeTable) -> Array:
-        """Take lives that were open before and have ended into the table; return their numbers."""
-        old = places((lives.slot != NONE) & (lives.death != NONE))
-        old = old.take(np.argsort(self._open.rows["life_id"][lives.slot.take(old)]))
-        for part in _steps(old):
-            rows = _fields(self._open.rows.take(lives.slot.take(part)))
-            changes.apply(rows, part)
-            table.add(rows, ends.of(part))
-        return old
 
-    def _births(self, events: Events, lives: Lives, part: Array, ids: Array) -> dict[str, Array]:
-        first = lives.first.take(part)
-        since = first if lives.since is lives.first else lives.since.take(part)
-        censored, life_id = lives.censored.take(part), ids.take(part)
-        return births(events, first, since, censored, life_id, self._context)
+class _Block:
+    """A block of events and the lives that they belong to; `new` are those that begin in it."""
 
-    def _adopt(self, events: Events, lives: Lives) -> None:
+    def __init__(
+        self,
+        events: Events,
+        lives: Lives,
+        collapsed: Array,
+        open_lives: OpenLives,
+        context: LifeContext,
+        first_id: int,
+    ) -> None:
+        self._events, self._lives, self._collapsed = events, lives, collapsed
+        self._open, self._context = open_lives, context
+        self._changes = changes_of(events, lives, context)
+        is_new = (lives.orphan == 0) & (lives.slot == NONE)
+        self.new = _by_event(lives.entry, is_new, len(events))
+        self._ids = np.zeros(len(is_new), np.int64)
+        self._ids[self.new] = np.arange(first_id, first_id + len(self.new))
+
+    def begun(self, part: Array) -> Fields:
+        """Return lives that began in this block."""
+        lives = self._lives
+        births = Births(
+            self._events, lives.first.take(part), lives.since.take(part),
+            lives.censored.take(part), self._context,
+        )  # fmt: skip
+        rows = Fields(births, self._changes, part)
+        rows["life_id"] = self._ids.take(part)
+        return rows
+
+    def carried(self, part: Array) -> Fields:
+        """Return lives that were open before."""
+        rows = self._open.rows.take(self._lives.slot.take(part))
+        return Fields(lambda name: rows[name], self._changes, part)
+
+    def deaths(self, part: Array) -> Deaths:
+        """Return how lives ended."""
+        return Deaths(self._events, self._lives, part, self._collapsed, self._context)
+
+    def adopt(self) -> None:
         """Write down beginnings whose records came late, of lives that are open already."""
-        at = places((lives.slot != NONE) & (lives.first != NONE))
-        if not len(at):
-            return
-        slots, first = lives.slot.take(at), lives.first.take(at)
-        old = self._open.rows.take(slots)
-        rows = births(events, first, first, np.zeros(len(at), bool), old["life_id"], self._context)
-        self._open.rows[slots] = adopted(old, rows)
+        at = places((self._lives.slot != NONE) & (self._lives.first != NONE))
+        if len(at):
+            slots, first = self._lives.slot.take(at), self._lives.first.take(at)
+            seen = np.zeros(len(at), bool)
+            births = Births(self._events, first, first, seen, self._context)
+            self._open.rows[slots] = adopted(self._open.rows.take(slots), births)
 
-    def _touch(self, lives: Lives, changes: Changes) -> None:
+    def touch(self) -> None:
         """Write changes into the rows of lives that were open before and stay so."""
-        stay = places(changes.some & (lives.slot != NONE) & (lives.death == NONE))
+        lives = self._lives
+        stay = places(self._changes.some & (lives.slot != NONE) & (lives.death == NONE))
         for part in _steps(stay):
-            slots = lives.slot.take(part)
-            rows = _fields(self._open.rows.take(slots))
-            changes.apply(rows, part)
-            for name in ("changes", "flags", "refcount_min", "refcount_max", "spte_last"):
-                self._open.rows[name][slots] = rows[name]
+            rows = self.carried(part)
+            for name in AMENDED:
+                self._open.rows[name][lives.slot.take(part)] = rows[name]
 
 
 def _steps(numbers: Array) -> Iterator[Array]:
@@ -257,10 +279,6 @@ def _in_order(frames: list[pd.DataFrame]) -> pd.DataFrame:
         return (filled or frames)[0]
     whole = pd.concat(filled, ignore_index=True)
     return whole.take(np.argsort(whole["life_id"].to_numpy())).reset_index(drop=True)
-
-
-def _fields(rows: Array) -> dict[str, Array]:
-    return {name: rows[name] for name in LIFE.names or ()}
 
 
 def _by_event(event: Array, wanted: Array, events: int) -> Array:
