@@ -10,8 +10,12 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 # 1: `make demo` records on this host instead of in the lab.
 HOST ?= 0
-# How often `make soak` simulates each kernel and bug.
+# How often `make soak` simulates each kernel and bug, for how many minutes at most; `make test`.
 SEEDS ?= 1000
+MINUTES ?= 600
+TEST_SEEDS ?= 20
+# Length of the trace that `make bench` makes for check, report and the like.
+RECORDS ?= 5000000
 
 LAB := tests/lab/lab
 BIN := .venv/bin
@@ -61,9 +65,15 @@ check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab
 	@$(call say,unit tests: pytest)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not lab' tests
 
-test: .venv/.installed ## check, then every lab test on all three kernels (builds the lab)
+test: .venv/.installed ## check, simulations, then every lab test on all three kernels (builds the lab)
 	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
-	@PFNTRACE_REQUIRE=cc $(MAKE) check
+	@# Fast lifetimes against slow ones: 500 random traces for each of 15 tests, the same each time.
+	@PFNTRACE_EXAMPLES=500 PFNTRACE_REQUIRE=cc $(MAKE) check
+	@$(call say,simulations: $(TEST_SEEDS) seeds of each kernel and bug (4 minutes))
+	@$(BIN)/python tests/unit/simsoak.py $(TEST_SEEDS)
+	@$(call say,simulations: stories that nobody thought of)
+	@PFNTRACE_EXAMPLES=150 $(BIN)/python -m pytest -q -n 2 \
+		tests/unit/test_sim_machine.py tests/unit/test_sim_stories.py
 	@$(MAKE) lab
 	@$(call say,lab tests: pytest (each boots a kernel))
 	@PFNTRACE_REQUIRE=lab,cc $(BIN)/python -m pytest -v --capture=no -m lab --durations=10 \
@@ -96,18 +106,21 @@ endif
 
 lab-bugs: .venv/.installed ## changed KVMs with planted bugs, recorded and checked (30 minutes)
 	@$(LAB) build
-	@$(call say,lab-bugs: one boot per kernel and bug; the table goes into docs/BUGS.md)
-	@$(BIN)/python tests/live/bugs.py --keep build/bugs --write docs/BUGS.md
+	@$(call say,lab-bugs: one boot per kernel and bug; docs/BUGS.md and docs/SERIES.md are made anew)
+	@status=0; \
+	$(BIN)/python tests/live/bugs.py --keep build/bugs --write docs/BUGS.md || status=1; \
+	$(BIN)/python tests/live/series.py build/bugs docs/SERIES.md || status=1; \
+	exit $$status
 
 soak: .venv/.installed ## SEEDS=1000 simulations of every kernel and bug; makes docs/SIMULATION.md
 	@$(call say,soak: $(SEEDS) seeds of each kernel and bug)
-	@$(BIN)/python tests/unit/simsoak.py $(SEEDS) docs/SIMULATION.md
+	@$(BIN)/python tests/unit/simsoak.py $(SEEDS) docs/SIMULATION.md $(MINUTES)
 
 bench: .venv/.installed ## what recording costs: alone, under pfntrace, under trace-cmd
 	@$(call say,bench: interleaved runs in one boot of the lab (ratios of medians))
 	@$(BIN)/python tests/live/bench.py
-	@$(call say,bench: pfntrace check on 5 million records)
-	@$(BIN)/python tests/bench/check.py
+	@$(call say,bench: commands that read a whole trace: $(RECORDS) records)
+	@$(BIN)/python tests/bench/check.py --records $(RECORDS)
 	@$(call say,bench: lifetimes of SPTE records in memory, beside DuckDB)
 	@$(BIN)/python tests/bench/lifetimes.py
 

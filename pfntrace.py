@@ -9,8 +9,9 @@ with `record -- COMMAND` a failing command's own status.
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,14 @@ app = typer.Typer(
 )
 
 
+def _argument(metavar: str, about: str) -> Any:
+    """Return a trace to name; one that cannot be read is refused where it is opened, in a line."""
+    return typer.Argument(metavar=metavar, help=about, readable=False)
+
+
+_Trace = Annotated[Path, _argument("TRACE", "A trace.")]
+
+
 def _say(line: str) -> None:
     """Print for a person: stderr, since stdout carries data."""
     print(line, file=sys.stderr)
@@ -47,6 +56,11 @@ def _out(line: str) -> None:
         # Not an error: the reader has seen enough (`| head`). Click would make it one.
         _drop_stdout()
         raise SystemExit(0) from None
+
+
+def _out_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _out(line)
 
 
 def _drop_stdout() -> None:
@@ -79,8 +93,7 @@ def doctor(
     if as_json:
         _out(json.dumps(to_json(examination, facts), indent=2))
     else:
-        for line in as_lines(examination):
-            _out(line)
+        _out_all(as_lines(examination))
     raise typer.Exit(0 if examination.can_record else 1)
 
 
@@ -171,7 +184,7 @@ def record(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
+    file: _Trace,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a trace holds: records, losses, kernel, hooks, and whether it is complete."""
@@ -183,13 +196,12 @@ def info(
         return
     from tracer.describe import info_lines
 
-    for line in info_lines(facts):
-        _out(line)
+    _out_all(info_lines(facts))
 
 
 @app.command()
 def dump(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
+    file: _Trace,
     kind: Annotated[
         list[str] | None, typer.Option("--kind", metavar="K", help="Only this kind; repeatable.")
     ] = None,
@@ -204,13 +216,12 @@ def dump(
     printer = dump_json if as_json else dump_lines
     gfns = parse_frames(gfn) if gfn is not None else None
     kinds = [name.upper() for name in kind or ()] or None
-    for line in printer(TraceReader(file), kinds, gfns, limit):
-        _out(line)
+    _out_all(printer(TraceReader(file), kinds, gfns, limit))
 
 
 @app.command()
 def check(
-    file: Annotated[Path | None, typer.Argument(metavar="TRACE", help="A trace.")] = None,
+    file: Annotated[Path | None, _argument("TRACE", "A trace.")] = None,
     detector: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only this one; repeatable.")
     ] = None,
@@ -225,8 +236,7 @@ def check(
     from analysis.checktext import check_lines, detector_lines
 
     if list_all:
-        for line in detector_lines():
-            _out(line)
+        _out_all(detector_lines())
         return
     if file is None:
         raise UsageError("check: name a trace, or --list")
@@ -236,14 +246,13 @@ def check(
         # json leaves DEL as it is.
         _out(json.dumps(result.to_json(), indent=2).replace("\x7f", "\\u007f"))
     else:
-        for line in check_lines(result):
-            _out(line)
+        _out_all(check_lines(result))
     raise typer.Exit(4 if result.anomalies else 0)
 
 
 @app.command()
 def report(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
+    file: _Trace,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write one page with figures.")
     ] = None,
@@ -258,15 +267,14 @@ def report(
 
     with progress_bar("reading") as progress:
         lines = write_report(file, html, as_data=as_json, overwrite=force, progress=progress)
-    for line in lines:
-        _out(line)
+    _out_all(lines)
     if html is not None:
         _say(f"pfntrace: wrote {html}")
 
 
 @app.command()
 def plot(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
+    file: _Trace,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder.")],
     kind: Annotated[
         list[str] | None,
@@ -278,7 +286,7 @@ def plot(
         str | None, typer.Option(metavar="A-B", help="Guest frames of the timeline.")
     ] = None,
     pfn: Annotated[
-        str | None, typer.Option(metavar="N", help="Host frame of refcount, 0x for hex.")
+        str | None, typer.Option(metavar="N", help="Page of refcount. [the first finding's]")
     ] = None,
     form: Annotated[str, typer.Option("--format", metavar="F", help="png or svg.")] = "png",
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
@@ -303,8 +311,8 @@ def plot(
 
 @app.command()
 def lifetimes(
-    file: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace.")],
-    vm: Annotated[int | None, typer.Option(metavar="N", help="Only VM N of the trace.")] = None,
+    file: _Trace,
+    vm: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only VM N.")] = None,
     gfn: Annotated[str | None, typer.Option(metavar="A-B", help="Only these guest frames.")] = None,
     pfn: Annotated[
         str | None, typer.Option(metavar="A-B", help="Host frames: history too.")
@@ -329,14 +337,13 @@ def lifetimes(
         lines = [] if files else list(lifetime_lines(file, chosen, limit, show))
     for line in made:
         _say(f"pfntrace: {line}")
-    for line in lines:
-        _out(line)
+    _out_all(lines)
 
 
 @app.command()
 def diff(
-    before: Annotated[Path, typer.Argument(metavar="A", help="A trace, say before a patch.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Another, say after it.")],
+    before: Annotated[Path, _argument("A", "A trace, say before a patch.")],
+    after: Annotated[Path, _argument("B", "Another, say after it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two traces: faults, page classes, mappings, anomalies, latency."""
@@ -348,13 +355,12 @@ def diff(
     if as_json:
         _out(json.dumps(diff_json(found), indent=2))
         return
-    for line in diff_lines(found):
-        _out(line)
+    _out_all(diff_lines(found))
 
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
+    file: _Trace,
     form: Annotated[str, typer.Option("--format", metavar="F", help="parquet, csv or perfetto.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="See above.")],
     table: Annotated[
@@ -382,7 +388,7 @@ def export(
 
 @app.command()
 def merge(
-    parts: Annotated[list[Path], typer.Argument(metavar="PART…", help="Traces.")],
+    parts: Annotated[list[Path], _argument("PART…", "Traces.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The new trace.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
 ) -> None:
@@ -391,8 +397,8 @@ def merge(
     VM numbers of different recordings are kept apart, losses are added up, every note and the
     description say which part they are of (pfntrace info).
     """
-    from tracer.describe import printable
     from tracer.merge import merge as merge_traces
+    from tracer.merge import merged_lines
 
     with progress_bar("merging") as progress:
         told = merge_traces(
@@ -403,14 +409,8 @@ def merge(
             overwrite=force,
             progress=progress,
         )
-    for part in told.parts:
-        if part["reason"]:
-            _say(f"pfntrace: INCOMPLETE: {printable(part['file'])}: {printable(part['reason'])}")
-    for remark in told.remarks:
-        _say(f"pfntrace: {printable(remark)}")
-    count = f"{len(told.parts)} part{'s' if len(told.parts) != 1 else ''}"
-    _say(f"pfntrace: merged {count}: {told.records:,} records, lost {told.lost:,}")
-    _say(f"pfntrace: wrote {output}; see: pfntrace info {output}")
+    for line in merged_lines(told, output):
+        _say(f"pfntrace: {line}")
 
 
 @app.command()
@@ -441,8 +441,7 @@ def simulate(
     from tracer.simulator import wording
 
     if listed:
-        for line in wording.catalogue_lines(as_json=as_json):
-            _out(line)
+        _out_all(wording.catalogue_lines(as_json=as_json))
         return
     knobs = wording.knobs_of(kernel, scenario, bug, vcpus, mem, faults, seed, mmu, hostile)
     for line in wording.knob_lines(knobs):
@@ -455,9 +454,13 @@ def simulate(
 
 @app.command()
 def replay(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
+    file: _Trace,
     other: Annotated[
         str, typer.Option("--as", metavar="GEN", help="What would this kernel have done?")
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="GEN", help="The model  [default: the trace's kernel]"),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -468,9 +471,8 @@ def replay(
     from tracer.simulator.replay import conform, replay_lines
 
     with progress_bar("replaying") as show:
-        answer = conform(file, other=other, progress=show)
-    for line in [json.dumps(answer.to_json(), indent=2)] if as_json else replay_lines(answer):
-        _out(line)
+        answer = conform(file, model=model, other=other, progress=show)
+    _out_all([json.dumps(answer.to_json(), indent=2)] if as_json else replay_lines(answer))
     raise typer.Exit(0 if answer.conforms else 1)
 
 

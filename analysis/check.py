@@ -2,30 +2,39 @@
 
 What a detector is and sees, `analysis.detector` says. Found first, proven later: a second pass
 fetches the records of the chains that findings ask for.
-May import: `analysis`, `probes.errors`, `tracer.tracefile`.
+May import: `analysis`, `probes.errors`, `tracer.schema`, `tracer.tracefile`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import detectors
 from analysis.chains import fetch
-from analysis.columns import Records
+from analysis.columns import Records, code, codes, numbers
 from analysis.detector import Chunk, Detector
+from analysis.detectors.installs import NO_FAULTS
 from analysis.faultjoin import JOIN_COLUMNS, FaultJoiner
 from analysis.findings import Finding, Unanswerable
+from analysis.lifearrays import LIFE_COLUMNS
 from analysis.lives import SPTE_COLUMNS, LifeBuilder, LifeContext
-from analysis.recording import open_recording
+from analysis.recording import Recording, open_recording, recording_name
 from analysis.stream import PIECE_ROWS, Piece, pieces
+from analysis.text import plural
 from probes.errors import UsageError
+from tracer.schema import RECORD_KINDS
 from tracer.tracefile import TraceReader, recordings
 
 __all__ = ("CheckResult", "check_trace", "chosen")
 
+#: Recordings that a reason names.
+_NAMED_MAX = 3
+#: Why a leaf is installed in a guest page fault, or when nobody knows.
+_OF_FAULTS = ("fault", "prefetch", "other")
 #: Told how much of the trace is done: (records so far, of all).
 Progress = Callable[[int, int], None]
 
@@ -99,13 +108,13 @@ def check_trace(
         steps = _Steps(progress, len(parts))
         answers = [_check(part, asked, steps, rows_max) for part in parts]
         info, start_ns = reader.info(), reader.meta.start_monotonic_ns
+    unable = list(_unable(answers))
     if len(answers) > 1:
         answers = [answer.named() for answer in answers]
     findings = [finding for answer in answers for finding in answer.findings]
-    unable = [item for answer in answers for item in answer.unanswerable]
     return CheckResult(
         findings=tuple(sorted(findings, key=lambda finding: finding.rank)),
-        unanswerable=tuple(dict.fromkeys(unable)),
+        unanswerable=tuple(unable),
         detectors=tuple(detector.name for detector in asked),
         info=info,
         path=path,
@@ -141,13 +150,24 @@ class _Answer:
     unanswerable: tuple[Unanswerable, ...]
 
     def named(self) -> "_Answer":
-        """Return the same with the name of the recording in all of it."""
+        """Return the same with the name of the recording in all findings."""
         found = (dataclasses.replace(one, recording=self.name) for one in self.findings)
-        unable = (
-            dataclasses.replace(one, reason=f"{self.name}: {one.reason}")
-            for one in self.unanswerable
-        )
-        return _Answer(self.name, tuple(found), tuple(unable))
+        return _Answer(self.name, tuple(found), self.unanswerable)
+
+
+def _unable(answers: Sequence[_Answer]) -> Iterator[Unanswerable]:
+    """Yield who could not answer and why, each reason once; of which recordings, if not of all."""
+    where: dict[Unanswerable, list[str]] = {}
+    for answer in answers:
+        for one in answer.unanswerable:
+            where.setdefault(one, []).append(answer.name)
+    for one, names in where.items():
+        if len(names) == len(answers):
+            yield one
+            continue
+        rest = len(names) - _NAMED_MAX
+        told = ", ".join(names[:_NAMED_MAX]) + (f" and {rest:,} more" if rest > 0 else "")
+        yield dataclasses.replace(one, reason=f"{told}: {one.reason}")
 
 
 def _check(
@@ -156,16 +176,64 @@ def _check(
     recording = open_recording(reader)
     able: list[Detector] = []
     unable: list[Unanswerable] = []
+    silence = _silence(recording)
     for kind in asked:
         detector = kind()
-        reason = detector.start(recording)
+        reason = silence or detector.start(recording)
         if reason:
             unable.append(Unanswerable(detector.name, reason))
         else:
             able.append(detector)
     found = _run(reader, able, recording.sound_until, steps, rows_max)
-    name = f"recording on {reader.meta.hostname or '?'} from {recording.info['start'] or '?'}"
+    blind = _unseen_faults(reader, recording)
+    if blind:
+        told = {finding.detector for finding in found}
+        silent = (one for one in able if one.name not in told and _needs_faults(one))
+        unable = [one for one in unable if one.reason != NO_FAULTS] + [
+            Unanswerable(name, blind)
+            for name in (
+                *(one.detector for one in unable if one.reason == NO_FAULTS),
+                *(one.name for one in silent),
+            )
+        ]
+    name = recording_name(reader)
     return _Answer(name, tuple(fetch(reader, found)), tuple(unable))
+
+
+def _silence(recording: Recording) -> str:
+    """Return why a recording without a record to judge says nothing; "" if it has some."""
+    if not any(recording.info["kinds"].get(kind) for kind in RECORD_KINDS):
+        return "the trace holds no record"
+    if recording.sound_until == 0:
+        return "the recorder was cut short within its first flush: kinds of records may be missing"
+    return ""
+
+
+def _unseen_faults(reader: TraceReader, recording: Recording) -> str:
+    """Return why questions about faults have no answer though FAULT was recorded; "" if they do.
+
+    A kernel that was changed may have the functions that are hooked and call others.
+    """
+    kinds = reader.info()["kinds"]
+    missed = recording.lost("FAULT") + recording.filtered("FAULT")
+    if kinds.get("FAULT") or missed or not kinds.get("SPTE"):
+        return ""
+    # Where the hook of the handler does not fire, installs have no better cause than "other".
+    install, causes, installs = code("op", "install"), codes("cause", *_OF_FAULTS), 0
+    for batch in reader.batches(["SPTE"], ["op", "cause"]):
+        op, cause = (numbers(batch.column(name)) for name in ("op", "cause"))
+        installs += int(((op == install) & np.isin(cause, causes)).sum())
+    if not installs:
+        return ""
+    return (
+        f"no fault was seen, though {plural(installs, 'leaf was', 'leaves were')} installed: the "
+        "hooks of the fault handler never fired (pfntrace info names them); does this kernel call "
+        "other functions?"
+    )
+
+
+def _needs_faults(detector: Detector) -> bool:
+    return detector.joins_faults or "FAULT" in detector.columns
 
 
 def _columns(able: Sequence[Detector]) -> dict[str, tuple[str, ...]]:
@@ -193,7 +261,7 @@ def _run(
     joiner = FaultJoiner() if any(detector.joins_faults for detector in able) else None
     builder = None
     if any(detector.wants_lives for detector in able):
-        builder = LifeBuilder(LifeContext.of(reader))
+        builder = LifeBuilder(LifeContext.of(reader), LIFE_COLUMNS)
     kinds = reader.info()["kinds"]
     done, duplicates, total = 0, 0, sum(kinds.get(kind, 0) for kind in columns)
     empty = pd.DataFrame()

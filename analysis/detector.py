@@ -26,8 +26,8 @@ class Chunk:
     """What happened between `ts_from` (included) and `ts_to` (not), ns.
 
     `chunk["SPTE"]` are the records of a kind that some detector needs. `closed` is the table
-    `lives` of those that ended here, `lives` the same as arrays, `orphans` the SPTE records that
-    belong to no life; all are empty unless a detector wants lives.
+    `lives` (LIFE_COLUMNS of it) of those that ended here, `lives` the same as arrays, `orphans` the
+    SPTE records that belong to no life; all are empty unless a detector wants lives.
     """
 
     def __init__(

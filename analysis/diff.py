@@ -87,6 +87,8 @@ class Diff:
     lifetimes: tuple[TimeRow, ...]
     findings: tuple[FindingRow, ...]
     latency: tuple[TimeRow, ...]
+    #: Whole faults by level, VM and memslot (`group`).
+    places: tuple[TimeRow, ...]
 
 
 def compare(a: Path, b: Path, progress: Progress | None = None) -> Diff:
@@ -112,6 +114,7 @@ def compare(a: Path, b: Path, progress: Progress | None = None) -> Diff:
         lifetimes=tuple(_lifetimes(*lives)),
         findings=tuple(_findings(*checks)),
         latency=tuple(_latency(*sides)),
+        places=tuple(_places(*sides)),
     )
 
 
@@ -290,6 +293,13 @@ def _latency(a: Side, b: Side) -> Iterator[TimeRow]:
             yield TimeRow(path, stage, found[0].percentiles(), found[1].percentiles(), shift)
 
 
+def _places(a: Side, b: Side) -> Iterator[TimeRow]:
+    ours, theirs = a.latency.times, b.latency.times
+    for where in sorted({*ours, *theirs}):
+        times = [side.get(where, Histogram()).percentiles() for side in (ours, theirs)]
+        yield TimeRow(where.by, where.name, times[0], times[1])
+
+
 # --- for programs ---------------------------------------------------------------------------------
 
 
@@ -311,6 +321,7 @@ def diff_json(diff: Diff) -> dict[str, Any]:
         "lifetimes": [_time_json(row) for row in diff.lifetimes],
         "anomalies": [dataclasses.asdict(row) for row in diff.findings],
         "latency": [_time_json(row) for row in diff.latency],
+        "places": [_time_json(row) for row in diff.places],
     }
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.histogram import BINS, Histogram, bin_of
+from analysis.latency import WHERE_COLUMNS, WhereTimes
 from analysis.pages import page_class
 from analysis.paths import PATH_COLUMNS, path_of, stage_times
 from analysis.tables import CHUNK_ROWS, chunks
@@ -34,6 +35,7 @@ _FAULT_COLUMNS = (
         (
             *("vm", "as_id", "gfn", "pfn", "page_bits", "refcount", "mapcount"),
             *PATH_COLUMNS,
+            *WHERE_COLUMNS,
         )
     ),
 )
@@ -103,6 +105,8 @@ class Side:
     paths: Counter[str] = dataclasses.field(default_factory=Counter)
     #: (path, stage) -> durations, ns.
     times: dict[tuple[str, str], Stretches] = dataclasses.field(default_factory=dict)
+    #: whole faults by level, VM and memslot.
+    latency: WhereTimes = dataclasses.field(default_factory=WhereTimes)
 
     @property
     def faults(self) -> int:
@@ -176,6 +180,7 @@ def _add_faults(
     pages.add(_page_keys(table))
     paths = path_of(table)
     side.paths.update(_sizes(paths))
+    side.latency.add(table)
     times = stage_times(table)
     for path in paths.cat.categories:
         of_path = (paths == path).to_numpy()

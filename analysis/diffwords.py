@@ -7,11 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from analysis.diff import CountRow, Diff, FindingRow, TimeRow
 from analysis.document import Block, Document, Facts, Section, Sentence, Table
+from analysis.latency import BY
 from analysis.noise import FAULTS_MIN, P_MAX
 from analysis.text import document_lines, duration
 from tracer.describe import printable, verdict_line
 
 __all__ = ("diff_lines", "document")
+
+#: VMs and memslots whose times are shown.
+_PLACES_MAX = 10
 
 #: Seen in the lab, demand_paging_test and prime-guest twice each on 6.1, 6.12 and 7.3.
 _ALIKE = (
@@ -50,6 +54,7 @@ def document(diff: Diff) -> Document:
         _lives(diff),
         _anomalies(diff),
         _latency(diff),
+        _places(diff),
     )
     return Document(
         title=f"pfntrace diff of {printable(a.path)} and {printable(b.path)}",
@@ -202,6 +207,25 @@ def _latency(diff: Diff) -> Section:
     blocks.append(Sentence(_noise(diff)))
     blocks.append(Sentence(f"No interval for fewer than {FAULTS_MIN} faults."))
     return Section("latency", "How long faults took, by path and stage", tuple(blocks))
+
+
+def _places(diff: Diff) -> Section:
+    """Word whole faults by level, VM and memslot; one of a kind says nothing new."""
+    rows: list[TimeRow] = []
+    groups = dict(_by_group(diff.places))
+    for by in BY:
+        mine = groups.get(by, [])
+        if len(mine) > 1 or by == "level":
+            most = sorted(mine, key=lambda row: -row.a.n - row.b.n)[:_PLACES_MAX]
+            rows += [row for row in mine if row in most]
+    header = ("whole faults of", "n A", "n B", "50 % A", "50 % B", "×", "99 % A", "99 % B")
+    cells = tuple(
+        (row.name, f"{row.a.n:,}", f"{row.b.n:,}", _ns(row.a.p50), _ns(row.b.p50),
+         _ratio(row.a.p50 or 0, row.b.p50 or 0), _ns(row.a.p99), _ns(row.b.p99))
+        for row in rows
+    )  # fmt: skip
+    title = "Fault latency by level mapped, VM and memslot"
+    return Section("places", title, (Table(header, cells, "lr"),) if cells else ())
 
 
 def _noise(diff: Diff) -> str:

@@ -73,3 +73,7 @@ class Document:
     #: A few numbers that say how large all this is, with what they are.
     numbers: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
+    #: What the verdict alone comes to; "" if it is what all comes to.
+    verdict_tone: str = ""
+    #: What was found, in a line; "" if nothing.
+    found: str = ""

@@ -92,7 +92,7 @@ def export(
     with TraceReader(path) as reader:
         if form == "perfetto":
             return [_perfetto(reader, output, overwrite, progress)], reader.info()
-        files = _files(form, output, tables, overwrite=overwrite)
+        files = _files(path, form, output, tables, overwrite=overwrite)
         # Damage shows only where a batch is read, and a Parquet file says first what is missing.
         reader.info(verify=form == "parquet")
         steps = _Steps(reader, files, progress)
@@ -124,17 +124,28 @@ class _Steps:
 def _perfetto(
     reader: TraceReader, output: Path, overwrite: bool, progress: Progress | None
 ) -> Exported:
+    from analysis.check import check_trace
     from analysis.perfetto import write_perfetto
 
-    with new_file(output, overwrite=overwrite) as unfinished, unfinished.open("wb") as file:
-        rows, left_out = write_perfetto(reader, file, progress)
+    def half(number: int) -> Progress | None:
+        # Checking and writing count for the same.
+        if progress is None:
+            return None
+        return lambda done, total: progress(number * total + min(done, total), 2 * total)
+
+    source = reader.path
+    with new_file(output, source, overwrite=overwrite) as made, made.open("wb") as file:
+        findings = check_trace(source, progress=half(0)).findings
+        rows, left_out = write_perfetto(reader, file, half(1), findings)
     return Exported(output, rows, left_out)
 
 
-def _files(form: str, output: Path, tables: Sequence[str], *, overwrite: bool) -> dict[str, Path]:
+def _files(
+    source: Path, form: str, output: Path, tables: Sequence[str], *, overwrite: bool
+) -> dict[str, Path]:
     """Return table -> file; makes the folder if there are several."""
     if len(tables) == 1:
-        check_new(output, overwrite=overwrite)
+        check_new(output, source, overwrite=overwrite)
         return {tables[0]: output}
     try:
         output.mkdir(exist_ok=True)
@@ -144,7 +155,7 @@ def _files(form: str, output: Path, tables: Sequence[str], *, overwrite: bool) -
         raise OutputError(f"{output} cannot be made: {err.strerror}; name another") from err
     files = {name: output / f"{name}.{form}" for name in dict.fromkeys(tables or TABLES)}
     for file in files.values():
-        check_new(file, overwrite=overwrite)
+        check_new(file, source, overwrite=overwrite)
     return files
 
 
@@ -166,7 +177,7 @@ def _table(
         known = json.dumps({key: info[key] for key in _INFO})
         schema = schema.with_metadata({"pfntrace": known, "pfntrace.table": name})
     rows = 0
-    with new_file(file, overwrite=overwrite) as unfinished:
+    with new_file(file, reader.path, overwrite=overwrite) as unfinished:
         writer = _writer(form, unfinished, schema)
         try:
             for table in _gathered(table_batches(reader, name, step), schema):

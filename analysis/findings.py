@@ -37,6 +37,8 @@ __all__ = (
 VERDICTS = ("definite", "probable", "inconclusive", "explained")
 #: Those that make `pfntrace check` fail.
 ANOMALIES = VERDICTS[:2]
+#: Detectors whose findings other bugs lead to: of equal verdicts they are told last.
+_AFTERMATH = ("use-after-free", "dead-mark", "growth")
 #: Records of one chain of evidence.
 EVIDENCE_MAX = 12
 #: Ranges of guest or host frames that one finding names.
@@ -118,9 +120,10 @@ class Finding:
         return self.verdict in ANOMALIES
 
     @property
-    def rank(self) -> tuple[int, int, str, int]:
-        """Sort key: worst verdict first, then the most frequent."""
-        return (VERDICTS.index(self.verdict), -self.count, self.detector, self.first_ts)
+    def rank(self) -> tuple[int, bool, int, str, int]:
+        """Sort key: worst verdict first, causes before what they lead to, the most frequent."""
+        later = self.detector in _AFTERMATH
+        return (VERDICTS.index(self.verdict), later, -self.count, self.detector, self.first_ts)
 
     def with_evidence(self, evidence: Iterable[dict[str, Any]]) -> "Finding":
         """Return the same finding with its records."""

@@ -38,7 +38,7 @@ def anomalies(report: Report) -> Iterator[Section]:
 
 
 def finding_entry(finding: Finding, start_ns: int) -> Entry:
-    """Return a finding in words; `start_ns` is when the recording began."""
+    """Return a finding in words, for `check` and the report; `start_ns`: when recording began."""
     facts = [
         ("seen", _seen(finding, start_ns)),
         ("in", _place(finding)),
@@ -46,7 +46,7 @@ def finding_entry(finding: Finding, start_ns: int) -> Entry:
         ("functions", printable(", ".join(finding.functions))),
         ("rule", printable(finding.rule)),
         *(
-            ("innocent?", f"{printable(one.explanation)}: {printable(one.ruled_out)}")
+            ("innocent", f"{printable(one.explanation)}? {printable(one.ruled_out)}")
             for one in finding.innocent
         ),
     ]
@@ -70,6 +70,7 @@ def _seen(finding: Finding, start_ns: int) -> str:
 def _place(finding: Finding) -> str:
     more = " and more" if finding.more else ""
     parts = [
+        printable(finding.recording),
         f"VM {_names(finding.vms)}" if finding.vms else "",
         f"slot {_names(finding.slots)}" if finding.slots else "",
         f"gfn {_ranges(finding.gfns)}{more}" if finding.gfns else "",

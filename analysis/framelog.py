@@ -7,8 +7,8 @@ event only hides one that it shares a life with. So memory is bounded by the fra
 touched, and no step costs as much as there are open lives.
 
 Frames live in spaces: host frames in one, guest frames in one for each VM and address space.
-Three tiers of rows hold them: single frames, aligned blocks of 512 (2M), and of 512 x 512 (1G); a
-large range touches few large blocks. May import: numpy.
+Three tiers (`analysis.frametier`) hold them: single frames, aligned blocks of 512 (2M), and of
+512 x 512 (1G); a large range touches few large blocks. May import: numpy, `analysis.frametier`.
 """
 
 import dataclasses
@@ -17,25 +17,21 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("FRAME_BITS", "I64", "U64", "Events", "FrameLog", "Hits", "Spaces", "Spans")
+from analysis.frametier import I64, ROW_BITS, U64, Tier
 
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
+__all__ = ("FRAME_BITS", "I64", "U64", "Events", "FrameLog", "Hits", "Spaces", "Spans")
 
 #: Frame numbers are smaller than 2^40: 52 bits of physical address.
 FRAME_BITS = 40
-#: Frames in a row of a tier, and how many tiers there are: 4K, 2M, 1G as the CPU has them.
-_ROW_BITS, _TIERS = 9, 3
-_ROW = 1 << _ROW_BITS
-#: Rows of one tier, 2 GiB of them with two tags: all frames of a 256 GiB host. What is beyond is
-#: not remembered, and `FrameLog.forgotten` says so.
-_ROWS_MAX = 1 << 17
+#: 4K, 2M, 1G as the CPU has them.
+_TIERS = 3
 #: Ranges are cut at this many frames, KVM_MEM_MAX_NR_PAGES (include/linux/kvm_host.h).
 _COUNT_MAX = (1 << 31) - 1
-#: Cells of ranges laid out at a time, and lives whose rows are looked through at a time.
+#: Cells of ranges laid out at a time.
 _CELLS_AT_ONCE = 1 << 22
-_ROWS_AT_ONCE = 1 << 10
 _FRAMES = np.uint64((1 << FRAME_BITS) - 1)
+#: Numbers of (VM, address space) that a table is made for.
+_PAIRS_FEW = 1 << 16
 #: Spaces that fit above the frame number.
 _SPACES_MAX = 1 << 22
 
@@ -51,6 +47,11 @@ class Spaces:
         pairs = vm.astype(np.uint64) << np.uint64(8) | as_id.astype(np.uint64)
         if len(pairs) and pairs.min() == pairs.max():  # mostly
             return np.full(len(pairs), self._number(int(pairs[0])), np.uint64)
+        if len(pairs) and pairs.max() < _PAIRS_FEW:  # no need to sort
+            known = np.flatnonzero(np.bincount(pairs.view(np.int64)))
+            table = np.zeros(int(known[-1]) + 1, np.uint64)
+            table[known] = [self._number(int(pair)) for pair in known]
+            return np.asarray(table.take(pairs.view(np.int64)))
         known, which = np.unique(pairs, return_inverse=True)
         numbers = [self._number(int(pair)) for pair in known]
         return np.asarray(np.array(numbers, np.uint64)[which], np.uint64)
@@ -153,7 +154,7 @@ class FrameLog:
     def __init__(self, tags: int = 0) -> None:
         """Events have `tags` numbers each."""
         self._tags = tags
-        self._tiers = tuple(_Tier(2 + tags) for _ in range(_TIERS))
+        self._tiers = tuple(Tier(2 + tags) for _ in range(_TIERS))
 
     @property
     def forgotten(self) -> int:
@@ -189,7 +190,7 @@ class FrameLog:
                     at, units, values = tier.last(
                         full[mine], number, max(0, level - 1), lives.birth[mine]
                     )
-                    frame = units << np.uint64(_ROW_BITS * number) & _FRAMES
+                    frame = units << np.uint64(ROW_BITS * number) & _FRAMES
                     found.append(Hits(mine[at], frame, values[0], values[1], tuple(values[2:])))
         hits = _join(*found)
         inside = (hits.since > lives.birth[hits.life]) & (hits.ts < lives.death[hits.life])
@@ -206,8 +207,8 @@ class FrameLog:
                 continue
             for level in levels:
                 mine = slice(None) if len(levels) == 1 else np.flatnonzero(lives.level == level)
-                shift = np.uint64(_ROW_BITS * max(tier, level - 1))
-                keys = units >> (shift - np.uint64(_ROW_BITS * tier))
+                shift = np.uint64(ROW_BITS * max(tier, level - 1))
+                keys = units >> (shift - np.uint64(ROW_BITS * tier))
                 at, event = _first_inside(
                     full[mine] >> shift, lives.birth[mine], lives.death[mine],
                     keys, which, events,
@@ -255,12 +256,16 @@ def _first_inside(
 
     `keys` are the cells that events touched, `which` names the event of each.
     """
-    order = np.argsort(keys, kind="stable")  # and so by time within a cell
-    cells, which = keys[order], which[order]
+    order = _in_order(keys)  # and so by time within a cell
+    cells, which = keys.take(order), which.take(order)
+    # In order too: a search then finds its way in what the one before it has read.
+    by_cell = _in_order(lives)
+    lives = lives.take(by_cell)
     low = np.searchsorted(cells, lives)
     low[low == len(cells)] = 0
-    at = np.flatnonzero(cells[low] == lives)
-    low, end = low[at], np.searchsorted(cells, lives[at], "right")
+    some = np.flatnonzero(cells.take(low) == lives)
+    low, end = low[some], np.searchsorted(cells, lives[some], "right")
+    at = by_cell[some]
     ts, since = events.ts[which], events.since[which]
     high = end
     while True:
@@ -282,6 +287,20 @@ def _first_inside(
     return at[some], which[low[some]]
 
 
+def _in_order(words: U64) -> I64:
+    """Return what puts words in order; equal ones stay as they are."""
+    count = len(words)
+    least = words.min() if count else np.uint64(0)
+    bits = count.bit_length()
+    if count < 2 or int(words.max() - least).bit_length() + bits > 64:
+        return np.asarray(np.argsort(words, kind="stable"))
+    # With the position below: numpy has no quicker sort than that of plain words.
+    packed = (words - least) << np.uint64(bits) | np.arange(count, dtype=np.uint64)
+    packed.sort()
+    packed &= np.uint64((1 << bits) - 1)
+    return packed.view(np.int64)
+
+
 def _cells(events: Events) -> tuple[tuple[U64, I64], ...]:
     """Return for each tier the units that events touch and which event each is of, in order."""
     full = _full(events.space, events.first)
@@ -298,13 +317,13 @@ def _cells(events: Events) -> tuple[tuple[U64, I64], ...]:
         mine: list[tuple[I64, I64, I64]] = []
         inner: list[tuple[I64, I64, I64]] = []
         for which, begin, end in parts:
-            first, last = -(-begin >> _ROW_BITS), end >> _ROW_BITS
+            first, last = -(-begin >> ROW_BITS), end >> ROW_BITS
             whole = (first < last) & (tier < _TIERS - 1)
             mine.append((which[~whole], begin[~whole], end[~whole]))
             which, begin, end = which[whole], begin[whole], end[whole]
             first, last = first[whole], last[whole]
-            mine.append((which, begin, first << _ROW_BITS))
-            mine.append((which, last << _ROW_BITS, end))
+            mine.append((which, begin, first << ROW_BITS))
+            mine.append((which, last << ROW_BITS, end))
             inner.append((which, first, last))
         tiers.append(_laid_out(mine))
         parts = inner
@@ -326,106 +345,3 @@ def _laid_out(ranges: Sequence[tuple[I64, I64, I64]]) -> tuple[U64, I64]:
     starts = np.cumsum(count) - count
     units = np.repeat(begin - starts, count) + np.arange(int(count.sum()), dtype=np.int64)
     return units.astype(np.uint64), np.repeat(which, count)
-
-
-# --- events of earlier pieces ---------------------------------------------------------------------
-
-
-class _Tier:
-    """Units in rows of 512, each with the numbers of its last event; since is 0 where none was."""
-
-    def __init__(self, fields: int) -> None:
-        self.forgotten = 0
-        self._fields = fields
-        self._keys = np.zeros(0, np.uint64)
-        self._places = np.zeros(0, np.int64)
-        # The numbers of one unit lie together: they are written and read together.
-        self._data = np.zeros((0, _ROW, fields), np.uint64)
-        self._latest = np.zeros(0, np.uint64)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def put(self, units: U64, values: Sequence[U64]) -> None:
-        """Set the last event of units; of a unit named twice the later one stays."""
-        keys = units >> np.uint64(_ROW_BITS)
-        rows = self._rows(keys)
-        fresh = rows < 0
-        if fresh.any():
-            self._grow(np.unique(keys[fresh]))
-            rows = self._rows(keys)
-            known = rows >= 0
-            if not known.all():
-                self.forgotten += int((~known).sum())
-                units, rows, values = units[known], rows[known], [v[known] for v in values]
-        columns = (units & np.uint64(_ROW - 1)).astype(np.int64)
-        self._data[rows, columns] = np.stack(values, axis=1)
-        np.maximum.at(self._latest, rows, values[0])
-
-    def last(self, full: U64, tier: int, depth: int, birth: U64) -> tuple[I64, U64, list[U64]]:
-        """Return (positions, units, numbers) of the last event in each life since its birth.
-
-        `depth` is the level of the lives less one.
-        """
-        if tier >= depth:
-            units = full >> np.uint64(_ROW_BITS * tier)
-            rows = self._rows(units >> np.uint64(_ROW_BITS))
-            columns = (units & np.uint64(_ROW - 1)).astype(np.int64)
-            at = np.flatnonzero(rows >= 0)
-            rows, columns = rows[at], columns[at]
-            some = self._data[rows, columns, 0] > birth[at]
-            at, rows, columns = at[some], rows[some], columns[some]
-            return at, units[at], self._values(rows, columns)
-        if tier == depth - 1:
-            rows = self._rows(full >> np.uint64(_ROW_BITS * (tier + 1)))
-            at = np.flatnonzero(rows >= 0)
-            return self._whole_rows(at, rows[at], birth)
-        span = np.uint64(_ROW_BITS * (depth - tier - 1))
-        first = full >> np.uint64(_ROW_BITS * (tier + 1))
-        low = np.searchsorted(self._keys, first)
-        high = np.searchsorted(self._keys, first + (np.uint64(1) << span))
-        at = np.repeat(np.arange(len(full)), high - low)
-        starts = np.cumsum(high - low) - (high - low)
-        places = np.repeat(low - starts, high - low) + np.arange(len(at))
-        return self._whole_rows(at, self._places[places], birth)
-
-    def _whole_rows(self, at: I64, rows: I64, birth: U64) -> tuple[I64, U64, list[U64]]:
-        some = self._latest[rows] > birth[at]
-        at, rows = at[some], rows[some]
-        columns = np.zeros(len(rows), np.int64)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            columns[part] = self._data[rows[part], :, 0].argmax(axis=1)
-        keys = np.zeros(len(self._data), np.uint64)
-        keys[self._places] = self._keys
-        units = keys[rows] << np.uint64(_ROW_BITS) | columns.astype(np.uint64)
-        return at, units, self._values(rows, columns)
-
-    def _values(self, rows: I64, columns: I64) -> list[U64]:
-        cells = self._data[rows, columns]
-        return [cells[:, field] for field in range(self._fields)]
-
-    def _rows(self, keys: U64) -> I64:
-        """Return the place of each key's row, -1 if there is none."""
-        if not len(self._keys):
-            return np.full(len(keys), -1, np.int64)
-        at = np.searchsorted(self._keys, keys)
-        at[at == len(self._keys)] = 0
-        return np.where(self._keys[at] == keys, self._places[at], -1)
-
-    def _grow(self, keys: U64) -> None:
-        used = len(self._keys)
-        if used + len(keys) > _ROWS_MAX:
-            keys = keys[: _ROWS_MAX - used]
-        need, have = used + len(keys), len(self._data)
-        if need > have:
-            # Pages of zeros that nothing was written to take no memory.
-            data = np.zeros((max(need, have * 2, 64), _ROW, self._fields), np.uint64)
-            data[:used] = self._data[:used]
-            latest = np.zeros(len(data), np.uint64)
-            latest[:used] = self._latest[:used]
-            self._data, self._latest = data, latest
-        both = np.concatenate([self._keys, keys])
-        order = np.argsort(both, kind="stable")
-        self._keys = both[order]
-        self._places = np.concatenate([self._places, np.arange(used, need)])[order]

@@ -22,6 +22,8 @@ FIGURE_PLACES: dict[str, tuple[str, ...]] = {
 }
 #: Rows of one table; what is beyond is counted, not shown.
 ROWS_MAX = 500
+#: Rows of a table that is not divided on paper.
+_SHORT_ROWS = 25
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -62,7 +64,10 @@ def _text(text: str) -> str:
 def _head(document: Document) -> Iterator[str]:
     yield "<header>"
     yield f"<h1>{_text(document.title)}</h1>"
-    yield f'<p class="verdict {_text(document.tone)}">{_text(document.verdict)}</p>'
+    tone = document.verdict_tone or document.tone
+    yield f'<p class="verdict {_text(tone)}">{_text(document.verdict)}</p>'
+    if document.found:
+        yield f'<p class="verdict {_text(document.tone)}">{_text(document.found)}</p>'
     if document.reservations:
         yield '<ul class="reservations">'
         yield from (f"<li>{_text(reservation)}</li>" for reservation in document.reservations)
@@ -110,7 +115,9 @@ def _block(block: Block) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     sides = table.sides.ljust(len(table.header), table.sides[-1])
-    yield '<div class="scroll"><table>'
+    # On paper a table that fits on a page stands on one.
+    short = " short" if len(table.rows) <= _SHORT_ROWS else ""
+    yield f'<div class="scroll{short}"><table>'
     cells = zip(table.header, sides, strict=True)
     yield "<thead><tr>" + "".join(_cell("th", *cell, ' scope="col"') for cell in cells)
     yield "</tr></thead><tbody>"

@@ -13,10 +13,18 @@ import pandas as pd
 
 from analysis.framelog import Spans
 
-__all__ = ("FOREVER", "LifeArrays")
+__all__ = ("FOREVER", "LIFE_COLUMNS", "LifeArrays")
 
 #: The death of a life that did not end, ns.
 FOREVER = (1 << 64) - 1
+
+#: The columns of `lives` that detectors look at; making the others would cost time.
+LIFE_COLUMNS = (
+    *("vm", "as_id", "level", "pages", "gfn", "pfn", "slot", "spte_last", "fault_ts"),
+    *("birth_ts", "birth_tid", "birth_cpu", "birth_seq"),
+    *("death_ts", "death_cpu", "death_seq", "death_cause"),
+    *("censored_start", "lost", "ended_by"),
+)
 
 _NULLS = {"death_ts": FOREVER}
 _TYPES: dict[str, Any] = {
@@ -29,7 +37,7 @@ _SLOT_UNKNOWN = -1
 
 
 class LifeArrays:
-    """`lives["gfn"]` is a column of a table `lives` as an array."""
+    """`lives["gfn"]` is a column of a table `lives` as an array; one of LIFE_COLUMNS in a check."""
 
     def __init__(self, table: pd.DataFrame) -> None:
         self._table = table

@@ -74,8 +74,8 @@ def expected(records: Records) -> int:
     return 2 * len(tables) + _CHILDREN * int(np.count_nonzero(tables))
 
 
-def events_of(records: Records, rows: slice, context: LifeContext) -> Events:
-    """Return the events of some SPTE records."""
+def events_of(records: Records, rows: slice, context: LifeContext, held: int = 0) -> Events:
+    """Return the events of some SPTE records; the first ones wait since a block before (`held`)."""
     columns = {name: records[name][rows] for name in SPTE_COLUMNS}
     does = _DOES[columns["op"].view(np.uint8)]
     shadow = columns["mmu"] == _SHADOW
@@ -85,27 +85,25 @@ def events_of(records: Records, rows: slice, context: LifeContext) -> Events:
     large = columns["level"] > 1
     splits = np.flatnonzero(large & (does == ZAP) & ~shadow & ((columns["new"] & PRESENT) != 0))
     if not moved.any() and not len(splits) and does.all():
-        return _whole(columns, does, shadow)
+        return Events(columns, _keys(columns, does, shadow, held), shadow)
     frame = columns["pfn"].copy()
     frame[changes] = old_frame
     counts = (does != 0).astype(np.int64)
     counts[changes[moved]] = 2
     first, last = _children(columns, splits, context)
     counts[splits] += last - first
-    return _expanded(columns, does, shadow, frame, counts, first, splits)
+    events = _expanded(columns, does, shadow, frame, counts, first, splits)
+    events.keys = dataclasses.replace(events.keys, held=held)
+    return events
 
 
-def _keys(columns: dict[str, Array], does: Array, shadow: Array) -> Keys:
+def _keys(columns: dict[str, Array], does: Array, shadow: Array, held: int = 0) -> Keys:
     place = columns["gfn"]
     if shadow.any():
         place = np.where(shadow, columns["sptep"], place)
     meta = meta_of(columns["vm"], columns["as_id"], columns["level"], shadow)
     times = (columns["ts"], columns["fault_ts"], columns["tid"])
-    return Keys(does, place, meta, columns["pfn"], *times)
-
-
-def _whole(columns: dict[str, Array], does: Array, shadow: Array) -> Events:
-    return Events(columns, _keys(columns, does, shadow), shadow)
+    return Keys(does, place, meta, columns["pfn"], *times, held=held)
 
 
 def _children(
@@ -179,4 +177,3 @@ def _bear(
     columns["gfn"][at] += offset
     columns["pfn"][at] += offset
     columns["new"][at] = spte
-    columns["cause"][at] = SPLIT

@@ -1,7 +1,7 @@
 """`pfntrace lifetimes`: mappings and how they ended, as lines of 80 columns or as a file.
 
 The lives of a trace pass by as they end; what is kept is what is shown. May import: pandas,
-pyarrow, `analysis`, `tracer.describe`, `tracer.tracefile`.
+pyarrow, `analysis`, `probes.errors`, `tracer.describe`, `tracer.tracefile`.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from analysis import text
 from analysis.export import arrow_table_schema
 from analysis.lives import iter_lives
 from analysis.outfile import check_new, new_file
 from analysis.pfnview import covering, pfn_history
+from probes.errors import PfntraceError
 from tracer.describe import printable, verdict_line
 from tracer.tracefile import TraceReader
 
@@ -28,6 +30,8 @@ __all__ = ("Selection", "lifetime_lines", "write_lifetimes")
 #: Told how much is done: (SPTE records so far, of all).
 Progress = Callable[[int, int], None]
 
+#: VMs that are named if another one was asked for.
+_VMS_MAX = 20
 _SIZES = {1: "4K", 2: "2M", 3: "1G"}
 _ORDINARY = ("counted", "counted, compound")
 _HEADER = f"{'born s':>12} {'lived':>8} {'vm':>3} {'gfn':>12}    {'pfn':>10} {'count':>8}  from, to"
@@ -60,8 +64,9 @@ def lifetime_lines(
 ) -> Iterator[str]:
     """Yield the lives of a trace in the order of their beginnings, `limit` of them.
 
-    With `chosen.pfns` all records about these host pages follow, `limit` of them too. Raises
-    TraceFormatError if the file is not a trace.
+    With `chosen.pfns` all records about these host pages follow, `limit` of each recording (of
+    `chosen.vm` and of no known VM, if that is chosen). Raises TraceFormatError if the file is not
+    a trace, PfntraceError if it does not have that VM.
     """
     with TraceReader(path) as reader:
         totals = _Totals(limit)
@@ -69,7 +74,7 @@ def lifetime_lines(
             totals.add(lives)
         start = reader.meta.start_monotonic_ns
         yield from text.wrapped(verdict_line(reader.info()), "", "  ")
-        yield from text.wrapped(totals.sentence(), "", "  ")
+        yield from text.wrapped(totals.sentence(chosen), "", "  ")
         if totals.first is not None and len(totals.first):
             yield ""
             yield _HEADER
@@ -77,7 +82,7 @@ def lifetime_lines(
                 yield from _life(row, start)
         yield from _more(totals.count - limit, "life", "lives")
         if chosen.pfns is not None:
-            yield from _history(reader, chosen.pfns, start, limit)
+            yield from _history(reader, chosen.pfns, chosen.vm, start, limit)
 
 
 def write_lifetimes(
@@ -91,26 +96,29 @@ def write_lifetimes(
     """Write lives to files, form -> path: columns of the table `lives` (docs/TABLES.md).
 
     Forms are csv and parquet. Returns lines that say what was made. Raises OutputError if a file
-    cannot be written.
+    cannot be written, PfntraceError if the trace does not have the VM that is chosen.
     """
     for output in files.values():
-        check_new(output, overwrite=overwrite)
+        check_new(output, path, overwrite=overwrite)
     said = []
     for form, output in files.items():
         with TraceReader(path) as reader:
-            rows = _write(_selected(reader, chosen, progress), form, output, overwrite=overwrite)
+            lives = _selected(reader, chosen, progress)
+            rows = _write(lives, form, output, path, overwrite=overwrite)
             said += [verdict_line(reader.info()), f"wrote {output}: {text.plural(rows, 'row')}"]
     return list(dict.fromkeys(said))
 
 
-def _write(tables: Iterator[pd.DataFrame], form: str, output: Path, *, overwrite: bool) -> int:
+def _write(
+    tables: Iterator[pd.DataFrame], form: str, output: Path, source: Path, *, overwrite: bool
+) -> int:
     """Write tables below one another; return how many rows."""
     schema = arrow_table_schema("lives")
     if form == "csv":
         plain = (f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema)
         schema = pa.schema(list(zip(schema.names, plain, strict=True)))
     rows = 0
-    with new_file(output, overwrite=overwrite) as unfinished:
+    with new_file(output, source, overwrite=overwrite) as unfinished:
         with contextlib.closing(_writer(form, unfinished, schema)) as writer:
             for lives in tables:
                 table = pa.Table.from_pandas(lives, preserve_index=False)
@@ -133,8 +141,26 @@ def _selected(
     reader: TraceReader, chosen: Selection, progress: Progress | None
 ) -> Iterator[pd.DataFrame]:
     total = reader.info()["kinds"]["SPTE"]
+    known = False
     for lives in iter_lives(reader, progress and (lambda done: progress(done, total))):
+        known = known or chosen.vm is None or bool((lives["vm"] == chosen.vm).any())
         yield chosen.of(lives)
+    if not known and chosen.vm is not None:
+        _check_vm(reader, chosen.vm)
+
+
+def _check_vm(reader: TraceReader, vm: int) -> None:
+    """Raise PfntraceError if no record of a trace is of a VM."""
+    found: set[int] = set()
+    for batch in reader.batches(None, ["vm"]):
+        found.update(pc.unique(batch.column("vm")).to_pylist())
+    if vm not in found:
+        known = sorted(number for number in found if number)
+        rest = len(known) - _VMS_MAX
+        listed = ", ".join(map(str, known[:_VMS_MAX])) + (f" and {rest:,} more" * (rest > 0))
+        raise PfntraceError(
+            f"no VM {vm} in {reader.path}; it has " + (f"VM {listed}" if known else "none")
+        )
 
 
 class _Totals:
@@ -160,9 +186,10 @@ class _Totals:
         known = lives if self.first is None else pd.concat([self.first, lives])
         self.first = known.nsmallest(self._limit, "life_id")
 
-    def sentence(self) -> str:
+    def sentence(self, chosen: Selection) -> str:
         if not self.count:
-            return "No mapping lived in this trace, of those asked for."
+            asked = ", of those asked for" if chosen != Selection() else ""
+            return f"No mapping lived in this trace{asked}."
         parts = [f"{text.plural(self.count, 'life', 'lives')} of {self._owners()}"]
         for what, words in (("level", ""), ("page_class", "pages "), ("ended_by", "ended by ")):
             shares = [(count, name) for (kind, name), count in self._counts.items()
@@ -216,25 +243,48 @@ def _count(count: Any) -> str:
     return "-" if pd.isna(count) else str(count)
 
 
-def _more(count: int, noun: str, nouns: str) -> Iterator[str]:
+def _more(
+    count: int, noun: str, nouns: str, how: str = "--limit, --csv, --parquet"
+) -> Iterator[str]:
     if count > 0:
-        yield f"... and {text.plural(count, noun, nouns)} more (--limit, --csv, --parquet)"
+        yield f"... and {text.plural(count, noun, nouns)} more ({how})"
 
 
-def _history(reader: TraceReader, frames: tuple[int, int], start: int, limit: int) -> Iterator[str]:
-    events = pfn_history(reader, frames).events
+def _history(
+    reader: TraceReader, frames: tuple[int, int], vm: int | None, start: int, limit: int
+) -> Iterator[str]:
+    """Yield what happened to some host pages, in each recording: they are others in another."""
+    history = pfn_history(reader, frames)
     pages = f"{frames[0]:#x}" if frames[0] == frames[1] else f"{frames[0]:#x} to {frames[1]:#x}"
-    yield ""
-    yield f"What happened to pfn {pages}: {text.plural(len(events), 'record')}"
-    for row in events.head(limit).to_dict("records"):
+    what = f"What happened to pfn {pages}"
+    parts = [part for _, part in history.events.groupby("recording", sort=True)]
+    if not parts:
+        yield ""
+        yield f"{what}: no record"
+    for part in parts:
+        yield ""
+        if len(history.recordings) > 1:
+            name = history.recordings[int(part["recording"].iloc[0]) - 1]
+            yield from text.wrapped(printable(name[:1].upper() + name[1:]), "", "  ")
+        yield from _happened(what, part, vm, start, limit)
+
+
+def _happened(
+    what: str, events: pd.DataFrame, vm: int | None, start: int, limit: int
+) -> Iterator[str]:
+    shown = events if vm is None else events[events["vm"].isin([vm, 0])]
+    others = len(events) - len(shown)
+    left_out = f", and {others:,} of other VMs" if others else ""
+    yield f"{what}: {text.plural(len(shown), 'record')}{left_out}"
+    for row in shown.head(limit).to_dict("records"):
         line = f"{(int(row['ts']) - start) / 1e9:>12.6f}  {_event(row)}"
         yield printable(line)[: text.WIDTH]
-    yield from _more(len(events) - limit, "record", "records")
+    yield from _more(len(shown) - limit, "record", "records", "--limit")
 
 
 def _event(row: dict[str, Any]) -> str:
     name = _EVENTS.get(row["event"], row["event"])
-    parts = [f"{name:<12}", f"count {_count(row['refcount']):<5}"]
+    parts = [f"{name:<13}", f"count {_count(row['refcount']):<5}"]
     if row["vm"]:
         parts.append(f"vm {row['vm']}")
     if not pd.isna(row["gfn"]):

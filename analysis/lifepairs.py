@@ -28,7 +28,8 @@ class Keys:
 
     `place` and `meta` are the key (`analysis.lifestore`); `frame` is the host frame that the event
     is about: of a change the one before it. `ts`, `fault_ts` (ns), `tid` and whether it is a whole
-    record (`plain`, None if all are) matter only where records stand in the wrong order.
+    record (`plain`, None if all are) matter only where records stand in the wrong order. The first
+    ones, as many as `held`, wait for their installs since a block before.
     """
 
     op: Array
@@ -39,6 +40,7 @@ class Keys:
     fault_ts: Array
     tid: Array
     plain: Array | None = None
+    held: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,7 +135,7 @@ def pair(keys: Keys, open_lives: OpenLives, missable: Callable[[Array], Array]) 
     `missable` tells for some events whether one before them can have gone unseen.
     """
     table = _by_key(keys, open_lives)
-    odd, lone, censored = _oddities(table, missable)
+    odd, lone, censored = _oddities(table, missable, keys.held)
     if not odd.any():
         return _regular(table, lone, censored, keys.plain)
     lives = _regular(table.only(~odd), lone[~odd], censored[~odd], keys.plain)
@@ -204,7 +206,9 @@ def _small(meta: Array) -> tuple[Array, int]:
     return small, bits
 
 
-def _oddities(table: _Sorted, missable: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
+def _oddities(
+    table: _Sorted, missable: Callable[[Array], Array], held: int
+) -> tuple[Array, Array, Array]:
     """Return of each key: must it be walked, is its first event on nothing, is that censored?"""
     install, head = table.op == INSTALL, table.head
     mapped = np.empty(len(install), bool)  # before the event
@@ -222,8 +226,9 @@ def _oddities(table: _Sorted, missable: Callable[[Array], Array]) -> tuple[Array
         censored[lone] = missable(table.order[at])
         # Its install may be written down later: then the key must be walked.
         alone = np.diff(head, append=len(install))[lone] == 1
-        born = np.logical_or.reduceat(install, head)[lone]
-        wrong[at] = ~alone & np.where(censored[lone], (table.op[at] == CHANGE) & born, True)
+        wrong[at] = ~alone & ~censored[lone]
+    if held:
+        wrong |= table.order < held
     odd = table.chained.copy()
     odd[np.searchsorted(head, places(wrong), "right") - 1] = True
     return odd, lone, censored
@@ -286,11 +291,11 @@ def _joined(
 ) -> Lives:
     """Return `lives` and those of the events of some other keys, found one by one."""
     shadow = (keys.meta.take(odd.order.take(odd.head)) & np.uint64(1 << SHADOW_BIT)) != 0
-    at = odd.order
+    at, held = odd.order, odd.order < keys.held
     plain = np.ones(len(at), bool) if keys.plain is None else keys.plain.take(at)
     events = Odd(
         at, odd.op, odd.frame, missable(at), keys.ts.take(at), keys.fault_ts.take(at),
-        keys.tid.take(at), plain, odd.head, odd.slot, shadow,
+        keys.tid.take(at), plain, held, odd.head, odd.slot, shadow,
     )  # fmt: skip
     walked = walk(events, open_lives, len(lives.first))
     names = ("first", "since", "entry", "slot", "last", "death", "superseded", "censored",

@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.columns import code
 from analysis.lifecontext import LifeContext
-from analysis.lifeevents import CHILD, MOVED_FROM, PRESENT, WRITABLE, Events, pages_of
+from analysis.lifeevents import CHILD, MOVED_FROM, PRESENT, SPLIT, WRITABLE, Events, pages_of
 from analysis.lifepairs import Lives
 from analysis.lifestore import (
     ACCESSED,
@@ -25,7 +25,7 @@ from analysis.lifestore import (
 )
 from analysis.lifewalk import INSTALL
 from analysis.pagecodes import page_codes
-from analysis.schema import BIRTH_CAUSES, ENDED_BY
+from analysis.schema import ENDED_BY
 
 __all__ = ("AMENDED", "FIELDS", "Births", "Changes", "Collapses", "Deaths", "Fields", "adopted",
            "changes_of")  # fmt: skip
@@ -44,7 +44,7 @@ _ENDED_BY[code("cause", "recovery")] = _COLLAPSED
 _BY_SLOT = code("cause", "slot")
 #: Causes as they are known here; another writer's dictionary may have more.
 _CAUSE = np.arange(256, dtype=np.uint8)
-_CAUSE[len(BIRTH_CAUSES) :] = code("cause", "other")
+_CAUSE[SPLIT:] = code("cause", "other")
 
 #: Fields of `LIFE` that mean something; those that are columns of records; those that change.
 FIELDS = tuple(name for name in LIFE.names or () if name != "spare")
@@ -64,13 +64,15 @@ class Fields(dict[str, Array]):
 
     def __init__(self, make: Callable[[str], Array], changes: "Changes", lives: Array) -> None:
         super().__init__()
-        self._make, self._changes, self._lives = make, changes, lives
-        self._any = bool(changes.some.take(lives).any())
+        self._make, self._changes = make, changes
+        self._at = places(changes.some.take(lives))
+        self._changed = lives.take(self._at)
 
     def __missing__(self, name: str) -> Array:
         values = self._make(name)
-        if self._any and name in AMENDED:
-            values = self._changes.amend(name, values, self._lives)
+        if name in AMENDED and len(self._at):
+            values = values.copy()
+            values[self._at] = self._changes.amend(name, values.take(self._at), self._changed)
         self[name] = values
         return values
 
@@ -99,7 +101,10 @@ class Births:
         if name == "birth_ts":
             return get["ts"].take(self._since)
         if name == "birth_cause":
-            return _CAUSE.take(get["cause"].view(np.uint8).take(at))
+            causes = _CAUSE.take(get["cause"].view(np.uint8).take(at))
+            if self._events.part is not None:
+                causes[self._events.part.take(at) == CHILD] = SPLIT
+            return causes
         if name in ("spte_birth", "spte_last"):
             return self._spte
         if name == "flags":

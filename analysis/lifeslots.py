@@ -21,6 +21,8 @@ _COLUMNS = ("ts", "op", "vm", "as_id", "slot", "gfn", "npages")
 _DELETE = code("op", "delete")
 _FLAGS, _SEEN = code("op", "flags"), code("op", "seen")
 _NO_SLOT = -1
+#: So many address spaces are looked at one after the other; of more the frames are sorted first.
+_FEW = 6
 
 
 class Slots:
@@ -39,13 +41,14 @@ class Slots:
     def find(self, ts: _Array, vm: _Array, as_id: _Array, gfn: _Array) -> _Array:
         """Return the slots of some guest frames, -1 where none is known.
 
-        Times (ns) must ascend, also from call to call.
+        Times (ns) may be in any order; it is quick if they ascend, also from call to call.
         """
         found = np.full(len(ts), _NO_SLOT, np.int32)
         if not len(self._changes["ts"]) or not len(ts):
             return found
         space = vm.astype(np.int64) << 8 | as_id
-        begin, end = np.searchsorted(self._changes["ts"], ts[[0, -1]], "right").tolist()
+        span = [ts.min(), ts.max()]
+        begin, end = np.searchsorted(self._changes["ts"], span, "right").tolist()
         if begin == end:
             self._apply(begin)
             return self._now(space, gfn)
@@ -88,15 +91,24 @@ class Slots:
         if first in self._layouts and (space == first).all():
             return self._layouts[first].find(gfn)
         found = np.full(len(gfn), _NO_SLOT, np.int32)
+        if len(self._there) <= _FEW:
+            for one in self._there:
+                mine = space == one
+                if mine.any():
+                    np.copyto(found, self._layout(one).find(gfn), where=mine)
+            return found
         order = np.argsort(space, kind="stable")
         bounds = np.flatnonzero(np.diff(space[order])) + 1
         for rows in np.split(order, bounds):
             one = int(space[rows[0]])
             if one in self._there:
-                if one not in self._layouts:
-                    self._layouts[one] = _Layout(self._there[one])
-                found[rows] = self._layouts[one].find(gfn[rows])
+                found[rows] = self._layout(one).find(gfn[rows])
         return found
+
+    def _layout(self, space: int) -> "_Layout":
+        if space not in self._layouts:
+            self._layouts[space] = _Layout(self._there[space])
+        return self._layouts[space]
 
 
 class _Layout:

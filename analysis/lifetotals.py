@@ -12,7 +12,14 @@ import pandas as pd
 
 from analysis.histogram import Histogram
 
-__all__ = ("LifeGroup", "LifeTotals")
+__all__ = ("LIFE_COLUMNS", "LifeGroup", "LifeTotals")
+
+
+#: The columns of `lives` that are added up.
+LIFE_COLUMNS = (
+    *("level", "page_class", "birth_ts", "death_ts", "death_cause", "ended_by"),
+    *("censored_start", "censored_end", "lost"),
+)
 
 
 @dataclasses.dataclass(slots=True)

@@ -14,7 +14,8 @@ import numpy as np
 
 from analysis.lifestore import CENSORED, NONE, Array, OpenLives
 
-__all__ = ("CHANGE", "FINAL", "INSTALL", "LATE_NS", "UNDECIDED", "ZAP", "Odd", "Walked", "walk")
+__all__ = ("CHANGE", "FINAL", "INSTALL", "LATE_NS", "PLACE_MAX", "UNDECIDED", "WAITING_MAX", "ZAP",
+           "Odd", "Walked", "walk")  # fmt: skip
 
 #: What an event does.
 INSTALL, CHANGE, ZAP = 1, 2, 3
@@ -23,6 +24,9 @@ FINAL, UNDECIDED = 1, 2
 #: An install's record comes so much later at most than that of an event after it. Some 10 ms were
 #: seen where one host thread emulates two vCPUs.
 LATE_NS = 100_000_000
+#: So many events wait at a place at most, and so many lives are open there (no VM has so many
+#: roots; one in the shadow MMU): the oldest goes.
+WAITING_MAX, PLACE_MAX = 8, 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,8 +34,9 @@ class Odd:
     """Events in order of (key, time), `order` being their numbers; keys begin at `head`.
 
     Of each event what it does, its `frame`, whether one before it can have gone unseen, time (ns),
-    entry of its fault, thread, and whether it is a whole record (`plain`). Of each key the `slot`
-    of its oldest open life, and whether it is in the shadow MMU.
+    entry of its fault, thread, whether it is a whole record (`plain`), and whether it has waited
+    since a block before (`held`). Of each key the `slot` of its oldest open life, and whether it is
+    in the shadow MMU.
     """
 
     order: Array
@@ -42,6 +47,7 @@ class Odd:
     fault_ts: Array
     tid: Array
     plain: Array
+    held: Array
     head: Array
     slot: Array
     shadow: Array
@@ -122,8 +128,8 @@ class _Walker:
         self._number, self._op, self._frame, self._missable = (
             column.tolist() for column in (odd.order, odd.op, odd.frame, odd.missable)
         )
-        self._ts, self._fault_ts, self._tid, self._plain = (
-            column.tolist() for column in (odd.ts, odd.fault_ts, odd.tid, odd.plain)
+        self._ts, self._fault_ts, self._tid, self._plain, self._held = (
+            column.tolist() for column in (odd.ts, odd.fault_ts, odd.tid, odd.plain, odd.held)
         )
         self.lives: list[_Life] = []
         self.changes: list[tuple[int, int]] = []
@@ -148,22 +154,29 @@ class _Walker:
 
     def take(self, chain: list[int], events: range, *, shadow: bool) -> None:
         """Take the events of a key whose open lives are in `chain`."""
-        taken: set[int] = set()  # installs that were taken before their turn
+        waiting: list[int] = []
+        most = 1 if shadow else PLACE_MAX
         for at in events:
-            if at in taken:
-                continue
-            if self._op[at] == INSTALL:
-                self._install(chain, at, shadow=shadow)
-                continue
-            if shadow and chain and self._of(chain[0]).frame != self._frame[at]:
-                self._supersede(chain, at)
-            life = self._find(chain, self._frame[at])
-            if life != NONE:
-                self._hit(chain, life, at)
+            if self._held[at]:
+                waiting.append(at)
+            elif self._op[at] == INSTALL:
+                self._install(chain, waiting, at, most)
             else:
-                self._miss(chain, at, events.stop, taken)
+                if shadow and chain and self._of(chain[0]).frame != self._frame[at]:
+                    self._supersede(chain, at)
+                life = self._find(chain, self._frame[at])
+                if life != NONE:
+                    self._hit(chain, life, at)
+                elif self._missable[at]:
+                    self._begin_unseen(chain, at, most)
+                elif self._plain[at]:
+                    self._wait(waiting, at)
+                else:
+                    self._of(self._begin(at)).orphan = FINAL
+        for at in waiting:
+            self._of(self._begin(at)).orphan = UNDECIDED
 
-    def _install(self, chain: list[int], at: int, *, shadow: bool) -> None:
+    def _install(self, chain: list[int], waiting: list[int], at: int, most: int) -> None:
         """Begin a life, or let one that was seen a moment before have begun with this."""
         number = self._find(chain, self._frame[at], censored=True)
         if number != NONE and self._plain[at]:
@@ -171,14 +184,49 @@ class _Walker:
             if self._is_late(at, life.ts, life.tid):
                 life.first, life.censored = self._number[at], False
                 return
-        if shadow and chain:
+        early = self._overtaken(waiting, at) if waiting and self._plain[at] else []
+        over = bool(early) and self._op[early[-1]] == ZAP
+        if not over and len(chain) >= most:
             self._supersede(chain, at)
-        chain.append(self._begin(at))
+        number = self._begin(at)
+        chain.append(number)
+        for event in early:
+            self._hit(chain, number, event)
+        if early:
+            self._of(number).since = self._number[early[0]]
+
+    def _overtaken(self, waiting: list[int], install: int) -> list[int]:
+        """Return, and take out, the waiting events that were done after an install."""
+        early = []
+        for at in waiting:
+            if self._frame[at] == self._frame[install]:
+                if self._is_late(install, self._ts[at], self._tid[at]):
+                    early.append(at)
+                    if self._op[at] == ZAP:
+                        break
+        for at in early:
+            waiting.remove(at)
+        return early
+
+    def _wait(self, waiting: list[int], at: int) -> None:
+        """Keep a change or a zap of what is not mapped: its install may come yet."""
+        waiting.append(at)
+        if len(waiting) > WAITING_MAX:
+            self._of(self._begin(waiting.pop(0))).orphan = FINAL
 
     def _supersede(self, chain: list[int], at: int) -> None:
-        """An entry of the shadow MMU holds one page: that of before has gone."""
+        """There is no more room at a place: the oldest has gone, though no record says so."""
         life = self._of(chain.pop(0))
         life.death, life.superseded = self._number[at], True
+
+    def _begin_unseen(self, chain: list[int], at: int, most: int) -> None:
+        """Take a change or a zap of what was mapped before anybody looked."""
+        if len(chain) >= most:
+            self._supersede(chain, at)
+        number = self._begin(at)
+        self._of(number).censored = True
+        chain.append(number)
+        self._hit(chain, number, at)
 
     def _hit(self, chain: list[int], number: int, at: int) -> None:
         """Take a change or a zap of what is mapped."""
@@ -189,31 +237,6 @@ class _Walker:
             chain.remove(number)
         else:
             self.changes.append((number, self._number[at]))
-
-    def _miss(self, chain: list[int], at: int, stop: int, taken: set[int]) -> None:
-        """Take a change or a zap of what is not mapped."""
-        if self._missable[at]:
-            number = self._begin(at)
-            self._of(number).censored = True
-            chain.append(number)
-            self._hit(chain, number, at)
-            return
-        later = range(at + 1, stop) if self._plain[at] else range(0)
-        install = next((e for e in later if self._op[e] == INSTALL and e not in taken), NONE)
-        if install == NONE:
-            self._of(self._begin(at)).orphan = UNDECIDED if self._plain[at] else FINAL
-        elif (
-            self._plain[install]
-            and self._frame[install] == self._frame[at]
-            and self._is_late(install, self._ts[at], self._tid[at])
-        ):
-            taken.add(install)
-            number = self._begin(install)
-            self._of(number).since = self._number[at]
-            chain.append(number)
-            self._hit(chain, number, at)
-        else:
-            self._of(self._begin(at)).orphan = FINAL
 
     def _is_late(self, install: int, ts: int, tid: int) -> bool:
         """Tell whether an install was done before `ts`, when another thread saw its SPTE."""

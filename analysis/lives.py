@@ -15,6 +15,7 @@ change in place, and what began before the trace or was lost is censored; see `L
 May import: numpy, pandas, pyarrow, `analysis`, `tracer.tracefile`.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ __all__ = ("SPTE_COLUMNS", "LifeBuilder", "LifeContext", "iter_lives", "lives_of
 _BLOCK_ROWS = 1 << 24
 #: Events of a block, since splits make many of a record.
 _BLOCK_EVENTS = 1 << 25
+#: Records that wait for their installs at most; more are told as orphans, the oldest first.
+_HELD_MAX = 1 << 14
 #: Records of one table of `iter_lives`; of `lives_of`, which keeps all lives anyway.
-_CHUNK_ROWS, _WHOLE_ROWS = 1 << 18, 1 << 21
+_CHUNK_ROWS, _WHOLE_ROWS = 1 << 19, 1 << 21
 
 
 class LifeBuilder:
@@ -84,11 +87,17 @@ class LifeBuilder:
         self._collapses = Collapses()
         #: Records so far by what became of them: life, orphan zap, orphan change, unknown op.
         self.accounted: Counter[str] = Counter()
-        #: SPTE_COLUMNS and `orphan`, one of the names above.
-        self.orphans = _NO_ORPHANS
-        #: The same as records.
+        #: The records of `orphans`.
         self.orphan_records = Records("SPTE")
-        self._held: pa.Table | None = None
+        self._orphans = _NO_ORPHANS
+        # Records that wait for their installs, with their names as orphans, and which of them
+        # are of a table that a large leaf replaced.
+        self._held, self._held_collapsed = _NO_ORPHANS, np.zeros(0, bool)
+
+    @property
+    def orphans(self) -> pd.DataFrame:
+        """Return SPTE_COLUMNS of records and `orphan`, one of the names above."""
+        return self._orphans.to_pandas(types_mapper=DTYPES.get)
 
     @property
     def next_id(self) -> int:
@@ -96,13 +105,16 @@ class LifeBuilder:
         return self._next
 
     def feed(self, sptes: Records | pa.RecordBatch | pa.Table) -> pd.DataFrame:
-        """Take the next records (SPTE_COLUMNS); return the lives that ended, a table `lives`."""
+        """Take the next records (SPTE_COLUMNS); return the lives that ended, a table `lives`.
+
+        Raises PfntraceError if more mappings are open than `analysis.lifestore.OPEN_MAX`.
+        """
         records = sptes if isinstance(sptes, Records) else _records(sptes)
         frames: list[pd.DataFrame] = []
-        orphans: list[pa.Table] = []
-        for part in self._parts(records):
-            self._feed(part, frames, orphans)
-        self.orphan_records, self.orphans = _told(orphans)
+        told = [_NO_ORPHANS]
+        for part in _parts(records):
+            self._feed(part, frames, told)
+        self._tell(pa.concat_tables(told) if len(told) > 1 else _NO_ORPHANS)
         return self._asked_for(_in_order(frames or [self._table(0).frame()]))
 
     def open(self) -> pd.DataFrame:
@@ -122,12 +134,14 @@ class LifeBuilder:
         """
         frame = self.open()
         self._open = OpenLives()
-        late = [] if self._held is None else [self._held]
-        self._held = None
-        for table in late:
-            self.accounted.update(table["orphan"].to_pylist())
-        self.orphan_records, self.orphans = _told(late)
+        self._tell(self._held)
+        self._held, self._held_collapsed = _NO_ORPHANS, np.zeros(0, bool)
         return frame
+
+    def _tell(self, orphans: pa.Table) -> None:
+        self._orphans, self.orphan_records = orphans, _records(orphans)
+        if len(orphans):
+            self.accounted.update(orphans["orphan"].to_pylist())
 
     def _asked_for(self, frame: pd.DataFrame) -> pd.DataFrame:
         return frame if self._wanted is None else frame[list(self._wanted)]
@@ -135,59 +149,49 @@ class LifeBuilder:
     def _table(self, count: int) -> LifeTable:
         return LifeTable(count, self._context, self._columns)
 
-    def _parts(self, records: Records) -> Iterator[Records]:
-        """Yield records in parts that do not become too many events, those held back first."""
-        rows = len(records)
-        if rows <= _BLOCK_ROWS and expected(records) <= _BLOCK_EVENTS:
-            yield self._with_held(records)
-            return
-        table = records.table(SPTE_COLUMNS)
-        for first in range(0, rows, max(1, _BLOCK_ROWS // 2)):
-            part = table.slice(first, max(1, _BLOCK_ROWS // 2))
-            halves = [part]
-            while halves:
-                half = _records(halves.pop(0))
-                if len(half) > 1 and expected(half) > _BLOCK_EVENTS:
-                    whole, middle = half.table(SPTE_COLUMNS), len(half) // 2
-                    halves[:0] = [whole.slice(0, middle), whole.slice(middle)]
-                else:
-                    yield self._with_held(half)
-
-    def _with_held(self, records: Records) -> Records:
-        if self._held is None:
-            return records
-        held = self._held.select(SPTE_COLUMNS)
-        self._held = None
-        return _records(pa.concat_tables([held, records.table(SPTE_COLUMNS)]))
-
-    def _feed(self, records: Records, frames: list[pd.DataFrame], orphans: list[pa.Table]) -> None:
+    def _feed(self, records: Records, frames: list[pd.DataFrame], told: list[pa.Table]) -> None:
         """Take records that are not too many; add the lives that ended and the orphans."""
-        events = events_of(records, slice(None), self._context)
-        lives = self._block(events, frames)
-        rows, names, undecided = _named(events, lives, len(records))
-        if len(rows):
-            # What an install that comes late may explain waits for it.
-            newest = records["ts"][-1]
-            undecided &= newest - records["ts"][rows] <= np.uint64(LATE_NS)
-            found = records.table(SPTE_COLUMNS).take(pa.array(rows))
-            found = found.append_column("orphan", pa.array(names))
-            waiting = found.filter(pa.array(undecided))
-            self._held = waiting if len(waiting) else None
-            found = found.filter(pa.array(~undecided))
-            orphans.append(found)
-            self.accounted.update(found["orphan"].to_pylist())
-        if len(records) > len(rows):
-            self.accounted["life"] += len(records) - len(rows)
+        held = len(self._held)
+        if held:
+            waiting = self._held.select(SPTE_COLUMNS)
+            records = _records(pa.concat_tables([waiting, records.table(SPTE_COLUMNS)]))
+        events = events_of(records, slice(None), self._context, held)
+        collapsed = self._collapses.cover(events)
+        if len(collapsed):
+            collapsed[:held] = self._held_collapsed
+        elif self._held_collapsed.any():
+            collapsed = np.zeros(len(events), bool)
+            collapsed[:held] = self._held_collapsed
+        lives = self._block(events, collapsed, frames)
+        orphans = _orphans(events, lives, len(records))
+        if len(records) > len(orphans.row):
+            self.accounted["life"] += len(records) - len(orphans.row)
+        if len(orphans.row) or held:
+            told.append(self._settled(records, orphans, collapsed))
 
-    def _block(self, events: Events, frames: list[pd.DataFrame]) -> Lives:
+    def _settled(self, records: Records, orphans: "_Orphans", collapsed: Array) -> pa.Table:
+        """Return the orphans that remain so; keep those whose install may still come."""
+        found = records.table(SPTE_COLUMNS).take(pa.array(orphans.row))
+        found = found.append_column("orphan", pa.array(orphans.name, pa.string()))
+        since = records["ts"][-1] - records["ts"][orphans.row]
+        waits = orphans.waits & (since <= np.uint64(LATE_NS))
+        waits[places(waits)[:-_HELD_MAX]] = False
+        self._held = found.filter(pa.array(waits))
+        event = orphans.event.compress(waits)
+        self._held_collapsed = (
+            collapsed.take(event) if len(collapsed) else np.zeros(len(event), bool)
+        )
+        return found.filter(pa.array(~waits))
+
+    def _block(self, events: Events, collapsed: Array, frames: list[pd.DataFrame]) -> Lives:
         ts, vm = events.columns["ts"], events.columns["vm"]
         lives = pair(events.keys, self._open, lambda at: self._context.missable(vm[at], ts[at]))
-        collapsed = self._collapses.cover(events)
         block = _Block(events, lives, collapsed, self._open, self._context, self._next)
         self._next += len(block.new)
         block.adopt()
         over = (lives.orphan == 0) & (lives.death != NONE)
-        table = self._table(int(np.count_nonzero(over)))
+        count = int(np.count_nonzero(over))
+        table = self._table(count)
         old = places(over & (lives.slot != NONE))
         old = old.take(np.argsort(self._open.rows["life_id"][lives.slot.take(old)]))
         for part in _steps(old):
@@ -204,7 +208,8 @@ class LifeBuilder:
         block.touch()
         lives.settle(self._open, slot)
         self._open.drop(lives.slot.take(old))
-        frames.append(table.frame())
+        if count:
+            frames.append(table.frame())
         return lives
 
 
@@ -289,26 +294,57 @@ def _by_event(event: Array, wanted: Array, events: int) -> Array:
     return np.asarray(lives[lives != NONE])
 
 
-def _named(events: Events, lives: Lives, rows: int) -> tuple[Array, list[str], Array]:
-    """Return which records belong to no life, their names as orphans, and which may yet."""
+@dataclasses.dataclass(slots=True)
+class _Orphans:
+    """Records of a block that belong to no life, in their order: the record, its event (NONE if
+    it is none), its name, and whether it may yet belong to one.
+    """
+
+    row: Array
+    event: Array
+    name: Array
+    waits: Array
+
+
+def _orphans(events: Events, lives: Lives, rows: int) -> _Orphans:
+    """Return which of the records belong to no life."""
     at = places(lives.orphan != 0)
-    if not len(at) and events.record is None:
-        return at, [], at != at
-    event, undecided = lives.first.take(at), lives.orphan.take(at) == UNDECIDED
+    event, waits = lives.first.take(at), lives.orphan.take(at) == UNDECIDED
     row = event
     if events.record is not None and events.part is not None:
         # Of a change to another page the new one lives.
         whole = events.part.take(event) != MOVED_FROM
-        event, undecided = event[whole], undecided[whole]
-        row = events.record.take(event)
-    names = np.where(events.keys.op.take(event) == ZAP, "orphan zap", "orphan change")
-    if events.record is not None:
+        event, waits = event[whole], waits[whole]
+        # What is no event at all.
         strange = places(np.bincount(events.record, minlength=rows) == 0)
-        row = np.concatenate([row, strange])
-        names = np.concatenate([names, np.full(len(strange), "unknown op")])
-        undecided = np.concatenate([undecided, np.zeros(len(strange), bool)])
+        row = np.concatenate([events.record.take(event), strange])
+        event = np.concatenate([event, np.full(len(strange), NONE)])
+        waits = np.concatenate([waits, np.zeros(len(strange), bool)])
+    name = np.full(len(row), "unknown op", object)
+    known = places(event != NONE)
+    is_zap = events.keys.op.take(event.take(known)) == ZAP
+    name[known] = np.where(is_zap, "orphan zap", "orphan change")
     order = np.argsort(row)
-    return row[order], names[order].tolist(), undecided[order]
+    return _Orphans(row[order], event[order], name[order], waits[order])
+
+
+def _parts(records: Records) -> Iterator[Records]:
+    """Yield records in parts that do not become too many events."""
+    rows = len(records)
+    if rows <= _BLOCK_ROWS and expected(records) <= _BLOCK_EVENTS:
+        yield records
+        return
+    table = records.table(SPTE_COLUMNS)
+    for first in range(0, rows, max(1, _BLOCK_ROWS // 2)):
+        part = table.slice(first, max(1, _BLOCK_ROWS // 2))
+        halves = [part]
+        while halves:
+            half = _records(halves.pop(0))
+            if len(half) > 1 and expected(half) > _BLOCK_EVENTS:
+                whole, middle = half.table(SPTE_COLUMNS), len(half) // 2
+                halves[:0] = [whole.slice(0, middle), whole.slice(middle)]
+            else:
+                yield half
 
 
 def _records(sptes: pa.RecordBatch | pa.Table) -> Records:
@@ -316,16 +352,7 @@ def _records(sptes: pa.RecordBatch | pa.Table) -> Records:
     return Records("SPTE", batches)
 
 
-def _told(orphans: list[pa.Table]) -> tuple[Records, pd.DataFrame]:
-    """Return orphans as records and as a table with their names."""
-    found = [table for table in orphans if len(table)]
-    if not found:
-        return Records("SPTE"), _NO_ORPHANS
-    table = pa.concat_tables(found)
-    return _records(table), table.to_pandas(types_mapper=DTYPES.get)
-
-
-_NO_ORPHANS = pd.DataFrame({name: [] for name in (*SPTE_COLUMNS, "orphan")})
+_NO_ORPHANS = Records("SPTE").table(SPTE_COLUMNS).append_column("orphan", pa.array([], pa.string()))
 
 
 def iter_lives(
@@ -338,6 +365,7 @@ def iter_lives(
 
     The recordings of a merged trace come one after the other: a life ends with its recording.
     `progress` is told how many SPTE records were read so far; `chunk_rows` of them are held.
+    Raises what `LifeBuilder.feed` does, and TraceFormatError if the file breaks off badly.
     """
     first_id, done = 1, 0
     for part in recordings(reader):

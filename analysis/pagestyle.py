@@ -103,7 +103,7 @@ figure svg text { font-family: "DejaVu Sans", Verdana, sans-serif !important; }
   body { max-width: none; padding: 0; font-size: 9.5pt; }
   nav { display: none; }
   h2 { break-after: avoid; }
-  tr, .entry, .numbers { break-inside: avoid; }
+  tr, .entry, .numbers, .short { break-inside: avoid; }
   thead { display: table-header-group; }
   .scroll { overflow: visible; background: none; }
   .scroll > pre { width: auto; white-space: pre-wrap; overflow-wrap: anywhere; }

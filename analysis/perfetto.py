@@ -1,6 +1,7 @@
 """A trace for Perfetto's UI: VMs and vCPUs as tracks, faults as slices, SPTEs and frees as marks.
 
     recording            what was lost, at the time when the recorder told it
+    findings             what the detectors found, at its first time
     VM 1 (process 219)   created, destroyed, memslots, pins
       vCPU 0             faults, with fault-in, GUP and map as slices inside; SPTEs set in a fault
       SPTEs              those set and zapped outside of faults, with their cause
@@ -15,11 +16,12 @@ extra, since nothing else needs it. Times are the trace's CLOCK_MONOTONIC. May i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from analysis.findings import Finding
 from analysis.pages import page_class, pfn_error
 from analysis.perfettofile import Packets, Track
 from analysis.tables import DTYPES, parse_notes
@@ -50,9 +52,14 @@ Args = dict[str, Any]
 
 
 def write_perfetto(
-    reader: TraceReader, file: BinaryIO, progress: Callable[[int, int], None] | None = None
+    reader: TraceReader,
+    file: BinaryIO,
+    progress: Callable[[int, int], None] | None = None,
+    findings: Sequence[Finding] = (),
 ) -> tuple[int, int]:
     """Write a whole trace, piece by piece; return (records written, records left out).
+
+    `findings` are what the detectors found in it.
 
     Left out is what has an impossible time. Where the trace is damaged it ends; `reader.reason`
     says so. Raises PerfettoMissing if the package perfetto is not installed, TooManyTracks for
@@ -62,6 +69,8 @@ def write_perfetto(
     packets = Packets(file, info["start_unix_ns"], reader.meta.start_monotonic_ns)
     scene = _Scene(packets, _owners(reader, info))
     scene.begin(info, reader.meta.start_monotonic_ns)
+    for finding in findings:
+        scene.find(finding)
     done, total = 0, info["records"]
     for batch in reader.records(_KINDS, _COLUMNS):
         for row in _rows(batch):
@@ -136,6 +145,23 @@ class _Scene:
         begin = start_ns if self._packets.can_show(start_ns) else 0
         self._packets.instant(self._recording(), begin, verdict_line(info), args)
 
+    def find(self, finding: Finding) -> None:
+        """Show one finding."""
+        if not self._packets.can_show(finding.first_ts):
+            return
+        track = self._packets.track(("findings",), "findings", rank=1)
+        args: Args = {"verdict": finding.verdict, "count": finding.count, "pages": finding.pages}
+        args["lasted_ns"] = max(0, finding.last_ts - finding.first_ts)
+        for name in ("vms", "slots", "gfns", "pfns"):
+            numbers = [_range(part) for part in getattr(finding, name)]
+            if numbers:
+                more = finding.more and name in ("gfns", "pfns")
+                args[name] = ", ".join(numbers) + (", ..." if more else "")
+        args |= {"behind": finding.where, "rule": finding.rule, "recording": finding.recording}
+        name = f"{finding.verdict.upper()} {finding.detector}: {finding.title}"
+        known = {key: value for key, value in args.items() if value != ""}
+        self._packets.instant(track, finding.first_ts, name, known)
+
     def show(self, row: Row) -> None:
         """Show one record."""
         if not self._packets.can_show(row["ts"]):
@@ -153,7 +179,7 @@ class _Scene:
         vm = row["vm"] or 0
         owner = f" (process {self._owners[vm]})" if vm in self._owners else ""
         name = f"VM {vm}{owner}" if vm else "VM not known"
-        return self._packets.track(("vm", vm), name, rank=vm + 1)
+        return self._packets.track(("vm", vm), name, rank=vm + 2)
 
     def _side(self, row: Row, name: str, rank: str) -> Track:
         key = ("side", row["vm"] or 0, name)
@@ -271,6 +297,13 @@ class _Scene:
         if more > 0:
             args = {"kind": key[0], "records": more, **_args(row, "cpu")}
             self._packets.instant(self._recording(), row["ts"], "LOST", args)
+
+
+def _range(part: int | tuple[int, int]) -> str:
+    if isinstance(part, int):
+        return str(part)
+    first, last = part
+    return f"{first:#x}-{last:#x}" if first != last else f"{first:#x}"
 
 
 def _stages(row: Row, begin: int, end: int) -> list[tuple[str, int, int, list[Any]]]:

@@ -13,16 +13,14 @@ import pandas as pd
 
 from analysis.columns import Records
 from analysis.lives import SPTE_COLUMNS, LifeBuilder, LifeContext
+from analysis.recording import recording_name
+from analysis.schema import VIEWS, check
 from analysis.stream import pieces
 from tracer.tracefile import TraceReader, recordings
 
-__all__ = ("EVENT_COLUMNS", "PfnHistory", "covering", "pfn_history")
+__all__ = ("PfnHistory", "covering", "pfn_history")
 
-#: Columns of `PfnHistory.events`.
-EVENT_COLUMNS = (
-    *("ts", "kind", "event", "cause", "vm", "gfn", "level", "pfn", "pages", "refcount"),
-    *("mapcount", "cpu", "seq", "tid", "life_id"),
-)
+_EVENT_COLUMNS = VIEWS["pfn_events"].names
 _PAGE = ("ts", "cpu", "seq", "tid", "vm", "pfn", "refcount", "mapcount", "page_bits")
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "FAULT": (*_PAGE, "walk_pfn", "gfn", "level", "result"),
@@ -42,16 +40,21 @@ class PfnHistory:
     """What is known of the host pages `frames` (first, last).
 
     `lives` is the table `lives` of all mappings that hold one of them. `events` is every record
-    about them in order of time: `ts` (ns), `kind` of the record, `event` (install, zap, the call
-    of a release, free, alloc, the result of a fault, what was done to a pin), `cause` of an SPTE
-    record, `vm` (0: unknown), `gfn`, `level`, `pfn`, `pages` it speaks of, `refcount` and
-    `mapcount` of the head page, `cpu`, `seq`, `tid`, and `life_id` of the life that an SPTE record
-    is part of (of a change the latest that it can be).
+    about them, the table `pfn_events` (docs/TABLES.md): of one recording after the other, each in
+    order of time. `ts` (ns), `kind` of the record, `event` (install, zap, the call of a release,
+    free, alloc, the result of a fault, what was done to a pin), `cause` of an SPTE record, `vm`
+    (0: unknown), `gfn`, `level`, `pfn`, `pages` it speaks of, `refcount` and `mapcount` of the
+    head page, `cpu`, `seq`, `tid`, and `life_id` of the life that an SPTE record is part of (of a
+    change the latest that it can be).
+
+    A trace merged of several recordings has several in it: on another host or after another boot
+    a frame is another page. `recordings` names them; `recording` in `events` is 1 for the first.
     """
 
     frames: tuple[int, int]
     lives: pd.DataFrame
     events: pd.DataFrame
+    recordings: tuple[str, ...]
 
 
 def covering(lives: pd.DataFrame, name: str, frames: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -63,27 +66,33 @@ def covering(lives: pd.DataFrame, name: str, frames: tuple[int, int]) -> npt.NDA
 
 
 def pfn_history(reader: TraceReader, frames: tuple[int, int]) -> PfnHistory:
-    """Return the history of some host pages, first to last; reads the trace once.
-
-    In a trace merged of several hosts a frame is another page on each; its VMs tell them apart.
-    """
+    """Return the history of some host pages, first to last; reads the trace once."""
     lives: list[pd.DataFrame] = []
     events: list[pd.DataFrame] = []
+    names: list[str] = []
     first_id = 1
     for part in recordings(reader):
+        names.append(recording_name(part))
         builder = LifeBuilder(LifeContext.of(part), first_id=first_id)
+        found: list[pd.DataFrame] = []
+        rows: list[dict[str, Any]] = []
         for piece in pieces(part, _COLUMNS):
             closed = builder.feed(piece["SPTE"])
-            lives.append(closed[covering(closed, "pfn", frames)])
-            rows = [row for kind in _COLUMNS for row in _events(piece[kind], frames)]
-            events.append(pd.DataFrame(rows, columns=list(EVENT_COLUMNS)))
+            found.append(closed[covering(closed, "pfn", frames)])
+            rows += [row for kind in _COLUMNS for row in _events(piece[kind], frames)]
         rest = builder.finish()
-        lives.append(rest[covering(rest, "pfn", frames)])
+        found.append(rest[covering(rest, "pfn", frames)])
         first_id = builder.next_id
-    found = pd.concat(lives).sort_values("life_id", ignore_index=True)
-    table = pd.concat(events, ignore_index=True) if events else pd.DataFrame(columns=EVENT_COLUMNS)
-    table = table.sort_values("ts", kind="stable", ignore_index=True)
-    return PfnHistory(frames, found, _with_lives(_typed(table), found))
+        lives.append(pd.concat(found).sort_values("life_id", ignore_index=True))
+        told = pd.DataFrame(rows, columns=list(_EVENT_COLUMNS)).assign(recording=len(names))
+        told = told.sort_values("ts", kind="stable", ignore_index=True)
+        events.append(_with_lives(_typed(told), lives[-1]))
+    return PfnHistory(
+        frames,
+        pd.concat(lives, ignore_index=True),
+        check("pfn_events", pd.concat(events, ignore_index=True)),
+        tuple(names),
+    )
 
 
 def _events(records: Records, frames: _Frames) -> Iterator[dict[str, Any]]:
@@ -99,7 +108,7 @@ def _events(records: Records, frames: _Frames) -> Iterator[dict[str, Any]]:
     at = np.flatnonzero((first <= high) & (last >= low) & (first < _FRAMES))
     for number, row in zip(at.tolist(), records.rows(at), strict=True):
         yield {
-            **{name: row.get(name) for name in EVENT_COLUMNS},
+            **{name: row.get(name) for name in _EVENT_COLUMNS},
             "kind": records.kind,
             "event": _event(records.kind, row),
             "pfn": int(first[number]),
@@ -152,7 +161,7 @@ def _typed(events: pd.DataFrame) -> pd.DataFrame:
     return events.astype(
         {
             **dict.fromkeys(("ts", "gfn", "pfn", "pages"), "UInt64"),
-            **dict.fromkeys(("vm", "tid", "seq"), "UInt32"),
+            **dict.fromkeys(("recording", "vm", "tid", "seq"), "UInt32"),
             **{"level": "UInt8", "cpu": "UInt16", "life_id": "Int64"},
             **dict.fromkeys(("refcount", "mapcount"), "Int32"),
             **dict.fromkeys(("kind", "event", "cause"), "str"),

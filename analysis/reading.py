@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.check import CheckResult, check_trace
 from analysis.lifecolumns import LifeCollector, LifeColumns
-from analysis.lifetotals import LifeTotals
+from analysis.lifetotals import LIFE_COLUMNS, LifeTotals
 from analysis.lives import SPTE_COLUMNS, LifeBuilder, LifeContext
 from analysis.totals import Totals, add_up
 from tracer.tracefile import TraceReader, recordings
@@ -54,7 +54,7 @@ def read(
         start = reader.meta.start_monotonic_ns
         done, sptes, show = 0, reader.info()["kinds"]["SPTE"], stages.next()
         for part in recordings(reader):
-            builder = LifeBuilder(LifeContext.of(part))
+            builder = LifeBuilder(LifeContext.of(part), None if lives else LIFE_COLUMNS)
             for batch in part.records(["SPTE"], SPTE_COLUMNS):
                 _take(builder.feed(batch), lifetimes, collector)
                 done += len(batch)

@@ -2,8 +2,9 @@
 
 Read once before the records, so that a detector can refuse or lower its verdict instead of
 mistaking what was not recorded for what did not happen.
-May import: `analysis.columns`, `analysis.mappings`, `analysis.semantics`, `analysis.tables`,
-`probes.errors`, `probes.facts`, `tracer.schema`, `tracer.tracefile`, numpy, pandas.
+May import: `analysis.columns`, `analysis.mappings`, `analysis.readonly`, `analysis.semantics`,
+`analysis.tables`, `probes.errors`, `probes.facts`, `tracer.schema`, `tracer.tracefile`, numpy,
+pandas.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import pandas as pd
 
 from analysis.columns import numbers
 from analysis.mappings import Mappings
+from analysis.readonly import ReadOnlyMapping, read_only_mappings
 from analysis.semantics import Semantics, semantics_of
 from analysis.tables import parse_notes
 from probes.errors import TraceFormatError
@@ -22,7 +24,7 @@ from probes.facts import KernelFacts
 from tracer.schema import RECORD_KINDS
 from tracer.tracefile import TraceMeta, TraceReader
 
-__all__ = ("Recording", "open_recording")
+__all__ = ("Recording", "open_recording", "recording_name")
 
 #: Kinds that share rings; FAULT records have rings of their own, and run ahead of them.
 _EVENT_KINDS = tuple(kind for kind in RECORD_KINDS if kind != "FAULT")
@@ -56,6 +58,8 @@ class Recording:
     mappings: Mappings
     notes: list[dict[str, Any]]
     semantics: Semantics
+    #: what its notes say of mappings that the host may only read.
+    read_only: tuple[ReadOnlyMapping, ...] = ()
     #: from here on some kinds are missing that others are there of (ns); None: never.
     sound_until: int | None = None
 
@@ -103,6 +107,11 @@ class Recording:
         return self.facts.values.get(symbol, 0)
 
 
+def recording_name(reader: TraceReader) -> str:
+    """Return what tells a recording of a merged trace from the others: where and when it began."""
+    return f"recording on {reader.meta.hostname or '?'} from {reader.info()['start'] or '?'}"
+
+
 def _sane(facts: KernelFacts) -> KernelFacts:
     """Return facts of which the numbers are numbers: those of a file may be anything."""
     values = facts.values if isinstance(facts.values, dict) else {}
@@ -126,7 +135,8 @@ def open_recording(reader: TraceReader) -> Recording:
         # Made by a test or a stranger: everything that needs a fact is then unanswerable.
         facts = KernelFacts()
     hooks = frozenset(str(hook["hook"]) for hook in info["hooks"])
-    notes = _notes(reader)
+    noted = _notes(reader)
+    notes = [note for _, note in noted]
     failed = {_hook_of(note.get("failed")) for note in notes}
     return Recording(
         info=info,
@@ -137,6 +147,7 @@ def open_recording(reader: TraceReader) -> Recording:
         mappings=Mappings(_vmas(reader), notes),
         notes=notes,
         semantics=semantics_of(str(info["generation"]), hooks - failed, facts),
+        read_only=read_only_mappings(reader, noted),
         sound_until=_sound_until(reader, info),
     )
 
@@ -171,11 +182,13 @@ def _hook_of(failed: Any) -> str:
     return str(failed.get("hook", "")) if isinstance(failed, dict) else ""
 
 
-def _notes(reader: TraceReader) -> list[dict[str, Any]]:
-    texts: list[Any] = []
-    for batch in reader.batches(["NOTE"], ["note"]):
-        texts += batch.column("note").to_pylist()
-    return parse_notes(texts)
+def _notes(reader: TraceReader) -> list[tuple[int, dict[str, Any]]]:
+    """Return (ts, note) of the notes that are JSON objects."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    for batch in reader.batches(["NOTE"], ["ts", "note"]):
+        rows = zip(*(batch.column(name).to_pylist() for name in ("ts", "note")), strict=True)
+        found += [(int(ts), note) for ts, text in rows for note in parse_notes([text])]
+    return found
 
 
 def _vmas(reader: TraceReader) -> pd.DataFrame:

@@ -45,11 +45,11 @@ def write_report(
     `overwrite`, or cannot be written; else see `report_lines`.
     """
     if html is not None:
-        check_new(html, overwrite=overwrite)
+        check_new(html, path, overwrite=overwrite)
     reading = read(path, lives=html is not None, progress=progress)
     report = report_of(reading)
     if html is not None:
-        with new_file(html, overwrite=overwrite) as unfinished:
+        with new_file(html, path, overwrite=overwrite) as unfinished:
             # What is no Unicode (a lone surrogate in a path) must not end the writing.
             text = _page(reading, report)
             unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -22,6 +22,7 @@ from analysis.reportrows import (
     CountRow,
     EndRow,
     FailureRow,
+    LatencyRow,
     LifeRow,
     LossRow,
     PathRow,
@@ -78,6 +79,7 @@ def report_of(reading: Reading) -> Report:
         results=tuple(_results(totals.faults)),
         paths=tuple(_paths(totals, hooks)),
         stages=tuple(_stages(totals, hooks)),
+        latency=tuple(_latency(totals)),
         slots=tuple(_slots(totals, mappings)),
         classes=tuple(_classes(totals.pages)),
         counts=tuple(_counts(totals.counts)),
@@ -214,6 +216,19 @@ def _stages(totals: Totals, hooks: set[str]) -> Iterator[StageRow]:
 def _times(totals: Totals, path: str, stage: str) -> Percentiles:
     histogram = totals.stages.get((path, stage))
     return histogram.percentiles() if histogram else Percentiles()
+
+
+def _latency(totals: Totals) -> Iterator[LatencyRow]:
+    for where, histogram in sorted(totals.latency.times.items()):
+        yield LatencyRow(
+            by=where.by,
+            name=where.name,
+            vm=None if where.by == "level" else where.vm,
+            as_id=where.as_id if where.by == "memslot" else None,
+            slot=where.slot if where.by == "memslot" else None,
+            level=where.level if where.by == "level" else None,
+            times=histogram.percentiles(),
+        )
 
 
 def _slots(totals: Totals, mappings: Mappings) -> Iterator[SlotRow]:

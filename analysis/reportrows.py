@@ -16,6 +16,7 @@ __all__ = (
     "CountRow",
     "EndRow",
     "FailureRow",
+    "LatencyRow",
     "LifeRow",
     "LossRow",
     "PathRow",
@@ -70,6 +71,23 @@ class StageRow:
     path: str
     stage: str
     meaning: str
+    times: Percentiles
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """How long whole faults took: of a level, a VM or a memslot, as `by` says.
+
+    `name` is it in words; of `vm`, `as_id`, `slot` and `level` those are None that do not belong
+    to it. Of a level are only faults that ended with a mapping.
+    """
+
+    by: str
+    name: str
+    vm: int | None
+    as_id: int | None
+    slot: int | None
+    level: int | None
     times: Percentiles
 
 
@@ -207,6 +225,7 @@ class Report:
     results: tuple[ResultRow, ...]
     paths: tuple[PathRow, ...]
     stages: tuple[StageRow, ...]
+    latency: tuple[LatencyRow, ...]
     slots: tuple[SlotRow, ...]
     classes: tuple[ClassRow, ...]
     counts: tuple[CountRow, ...]

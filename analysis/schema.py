@@ -28,6 +28,7 @@ __all__ = (
     "MMUS",
     "TABLES",
     "VERDICTS",
+    "VIEWS",
     "ColumnSpec",
     "TableSpec",
     "check",
@@ -63,6 +64,16 @@ _TABLE_DOCS = {
     "notes": "Notes of the recorder.",
 }
 
+#: What is done, in each table.
+_OPS: dict[str, tuple[str, ...]] = {
+    "sptes": ("install", "change", "zap"),
+    "invalidations": ("start", "end"),
+    "pins": ("map", "unmap", "refresh"),
+    "slots": ("seen", "create", "delete", "move", "flags"),
+    "vms": ("create", "delete"),
+    "vmas": ("seen",),
+}
+
 #: The MMU that holds a mapping; records that do not say are of the TDP MMU.
 MMUS = ("tdp", "shadow")
 #: Why a mapping began: the cause of its record, or that a larger leaf was split.
@@ -84,7 +95,9 @@ ENDED_BY = (
 class ColumnSpec:
     """One column: `dtype` as pandas names it, or "text".
 
-    `categories` are those of a category, () if they differ from trace to trace.
+    `categories` are those of a category, () if they differ from trace to trace. `names` are what
+    a category of records says: of what else a record says, if it is not of pfntrace, they are
+    followed.
     """
 
     name: str
@@ -92,6 +105,7 @@ class ColumnSpec:
     unit: str
     doc: str
     categories: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,6 +123,18 @@ class TableSpec:
         return tuple(column.name for column in self.columns)
 
 
+def _names(table: str, column: records.Column) -> tuple[str, ...]:
+    """Return the names of a column in a table; () if it has none or the kernel gives them."""
+    if column.name == "kind":
+        return KINDS_OF_TABLE[table]
+    if column.name == "loss_kind":
+        return records.RECORD_KINDS
+    if column.name == "op":
+        return _OPS[table]
+    # A number of 0 stands for none, which is null in a table.
+    return tuple(name for name in records.NAMES.get(column.names, ()) if name != "none")
+
+
 def _record_table(name: str) -> TableSpec:
     kinds = KINDS_OF_TABLE[name]
     columns = tuple(
@@ -117,6 +143,7 @@ def _record_table(name: str) -> TableSpec:
             "category" if column.names else str(DTYPES.get(column.type, "text")),
             column.unit,
             column.doc,
+            names=_names(name, column),
         )
         for column in records.COLUMNS
         if set(kinds) & set(column.kinds)
@@ -182,7 +209,8 @@ _LIFE_COLUMNS = (
         "smaller leaves; collapse, its table gave way to a larger leaf, or made room for one; "
         "invalid_root, zapped later "
         "in a root that no vCPU uses; teardown of the VM; superseded, a shadow SPTE that was seen "
-        "with another page, the zap between was not seen; censored.", ENDED_BY,
+        "with another page, the zap between was not seen (or the oldest of more lives at one place "
+        "than a VM can have roots); censored.", ENDED_BY,
     ),
 )  # fmt: skip
 
@@ -206,6 +234,34 @@ _ANOMALY_COLUMNS = (
     ColumnSpec("detail", "text", "JSON", "What else the detector says."),
 )
 
+_PFN_EVENT_COLUMNS = (
+    ColumnSpec("recording", "UInt32", "", "Number of the recording in a merged trace, else 1."),
+    ColumnSpec("ts", "UInt64", "ns", "When the record was written, CLOCK_MONOTONIC."),
+    ColumnSpec("kind", "text", "", "Kind of the record."),
+    ColumnSpec(
+        "event", "text", "", "install, change, zap; the call of a release; free, alloc; fault and "
+        "its result; map, unmap, refresh of a page that KVM maps for itself.",
+    ),
+    ColumnSpec("cause", "text", "", "Why the SPTE changed; null of other records."),
+    ColumnSpec("vm", "UInt32", "", "Number of the VM in this recording; 0 is unknown."),
+    ColumnSpec("gfn", "UInt64", "4K pages", "First guest frame; null if the record has none."),
+    ColumnSpec("level", "UInt8", "", "Page table level: 1 = 4K, 2 = 2M, 3 = 1G; null if none."),
+    ColumnSpec(
+        "pfn", "UInt64", "4K pages", "First host frame; of a fault that KVM refused what the walk "
+        "found.",
+    ),
+    ColumnSpec("pages", "UInt64", "4K pages", "How many pages from pfn on the record speaks of."),
+    ColumnSpec("refcount", "Int32", "", "_refcount of the (head) page; null if it was not read."),
+    ColumnSpec("mapcount", "Int32", "", "Own raw _mapcount; -1: not mapped by users."),
+    ColumnSpec("cpu", "UInt16", "", "CPU that wrote the record."),
+    ColumnSpec("seq", "UInt32", "", "Number of the record on its cpu."),
+    ColumnSpec("tid", "UInt32", "", "Thread that ran."),
+    ColumnSpec(
+        "life_id", "Int64", "", "Life that an SPTE record is part of, of a change the latest that "
+        "it can be; null of other records.",
+    ),
+)  # fmt: skip
+
 TABLES: dict[str, TableSpec] = {
     **{name: _record_table(name) for name in KINDS_OF_TABLE},
     "lives": TableSpec(
@@ -223,6 +279,16 @@ TABLES: dict[str, TableSpec] = {
     ),
 }
 
+#: Tables of a part of a trace: made for who asks, and not exported.
+VIEWS: dict[str, TableSpec] = {
+    "pfn_events": TableSpec(
+        "pfn_events",
+        "One row per record of a host page: `Trace.pfn_history(pfn).events`.",
+        _PFN_EVENT_COLUMNS,
+        ("recording", "ts"),
+    ),
+}
+
 
 def check(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """Return `frame` if it is what the table `name` declares, columns in that order.
@@ -230,7 +296,7 @@ def check(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     Raises SchemaError, naming table and column, for a missing or unknown column, another type,
     another category, or rows out of order.
     """
-    table = TABLES[name]
+    table = TABLES.get(name) or VIEWS[name]
     if tuple(frame.columns) != table.names:
         unknown = [str(c) for c in frame.columns if c not in table.names]
         missing = [c for c in table.names if c not in frame.columns]
@@ -280,7 +346,8 @@ def empty(name: str) -> pd.DataFrame:
 
 def _no_values(column: ColumnSpec) -> pd.Series:
     if column.dtype == "category":
-        return pd.Series(pd.Categorical([], categories=list(column.categories)))
+        names = column.categories or column.names
+        return pd.Series(pd.Categorical([], categories=list(names)))
     return pd.Series([], dtype="str" if column.dtype == "text" else column.dtype)
 
 
@@ -291,13 +358,16 @@ def reference() -> str:
         "",
         "What `analysis.trace.open_trace` gives, and `pfntrace export` writes. Made by",
         "`analysis.schema.reference()` (`make tables`); a test keeps it so. Types are pandas';",
-        "those with a capital letter can be null. A category is one of a few names.",
+        "those with a capital letter can be null. A category is one of a few names: those that its",
+        "meaning ends with, or the kernel's.",
     ]
-    for table in TABLES.values():
+    for table in (*TABLES.values(), *VIEWS.values()):
         order = f" In order of {', '.join(f'`{c}`' for c in table.order)}." if table.order else ""
         lines += ["", f"## {table.name}", "", table.doc + order, ""]
         lines += ["| column | type | unit | meaning |", "|---|---|---|---|"]
         for c in table.columns:
-            doc = c.doc.replace("|", "\\|")
+            names = c.categories or c.names
+            told = f" One of {', '.join(names)}." if len(names) > 1 else ""
+            doc = (c.doc + told).replace("|", "\\|")
             lines.append(f"| `{c.name}` | {c.dtype} | {c.unit} | {doc} |")
     return "\n".join(lines) + "\n"

@@ -48,6 +48,8 @@ class Semantics:
     put_hooks: tuple[str, ...]
     #: the function that puts, as a reader of the kernel knows it.
     put_function: str
+    #: the function that puts what was prefetched around a fault.
+    prefetch_function: str
     #: does KVM take a reference to a page that it found by walking a PFNMAP mapping?
     counts_pfnmap: bool
     #: does it refuse such a page if its count is 0?
@@ -62,7 +64,7 @@ class Semantics:
     prefetch_puts: bool
 
 
-_UNKNOWN = Semantics("unknown", "unknown", (), "", False, False, False, 0, False, False)
+_UNKNOWN = Semantics("unknown", "unknown", (), "", "", False, False, False, 0, False, False)
 
 
 def semantics_of(generation: str, hooks: Collection[str], facts: KernelFacts) -> Semantics:
@@ -73,6 +75,7 @@ def semantics_of(generation: str, hooks: Collection[str], facts: KernelFacts) ->
             put="in fault",
             put_hooks=("release_pfn_clean",),
             put_function="kvm_release_pfn_clean",
+            prefetch_function="direct_pte_prefetch_many",
             counts_pfnmap=True,
             refuses_uncounted=True,
             says_refcounted=False,
@@ -88,6 +91,7 @@ def semantics_of(generation: str, hooks: Collection[str], facts: KernelFacts) ->
             put="in fault",
             put_hooks=("finish_fault",),
             put_function="kvm_mmu_finish_page_fault",
+            prefetch_function="kvm_mmu_prefetch_sptes",
             counts_pfnmap=False,
             refuses_uncounted=False,
             says_refcounted=True,
@@ -107,6 +111,7 @@ def _of_series(hooks: Collection[str], facts: KernelFacts) -> Semantics:
         put="either" if named else "at fault-in",
         put_hooks=("release_page_clean",),
         put_function="kvm_release_page_clean",
+        prefetch_function="direct_pte_prefetch_many",
         counts_pfnmap=True,
         refuses_uncounted=False,
         says_refcounted=named,

@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis.failures import FAILED_COLUMNS, failed_faults, walked_heads
 from analysis.histogram import Histogram
+from analysis.latency import WhereTimes
 from analysis.pages import not_counted, page_class
 from analysis.paths import path_of, stage_times
 from analysis.tables import CHUNK_ROWS, chunks, parse_notes, stack
@@ -64,6 +65,8 @@ class Totals:
     paths: Counter[tuple[str, str, bool]] = dataclasses.field(default_factory=Counter)
     #: (path, stage) -> how long they were, ns.
     stages: dict[tuple[str, str], Histogram] = dataclasses.field(default_factory=dict)
+    #: How long faults took, by VM, memslot and level.
+    latency: WhereTimes = dataclasses.field(default_factory=WhereTimes)
     #: (vm, as_id, slot, result) -> faults; slot -1 is none, NO_FAULTIN that nobody asked.
     slots: Counter[tuple[int, int, int, str]] = dataclasses.field(default_factory=Counter)
     #: Places that memslots had: vm, as_id, slot, gfn, npages, hva; each once, the newest last.
@@ -170,6 +173,7 @@ def _add_faults(totals: Totals, table: pd.DataFrame) -> None:
     totals.paths += _count(table, ["path", "result", "ahead"])
     totals.slots += _count(table, ["vm", "space", "place", "result"])
     _add_stages(totals, table)
+    totals.latency.add(table)
     for name, size in table["page"].value_counts().items():
         totals.pages[name, 0] += int(size)
     _add_counts(totals, table)

@@ -39,7 +39,28 @@ class Trace:
         self.path = path
         with TraceReader(path) as reader:
             self._start_ns = reader.meta.start_monotonic_ns
-            self.info: dict[str, Any] = reader.info()
+            self._info = reader.info()
+            self._results = tuple(reader.meta.results.values())
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the trace says of itself, as plain JSON.
+
+        records              rows that the kernel wrote; kinds: {kind: rows}, zeros included
+        produced, lost, filtered, torn
+                             the kernel's counters of records, summed over kinds and cpus
+        complete, reason     does the file end with its end mark; if not, why ("" if it does)
+        kernel, generation   release, and which rules of reference counting it has: G0a, G0b, G1, G2
+        hooks, missing       [{hook, how, symbols}] attached; [{hook, why, without}] not attached
+        command, hostname, start, start_unix_ns, duration_s
+                             what was recorded, where, when (ISO 8601 UTC; ns), how long (s)
+        vms                  [{vm, tgid}] of VMs that were created or destroyed meanwhile
+        summary              what the recorder said at its end, {} if it did not
+        merged               of a merged trace what is known of its parts, else {}
+        bytes, schema_version, pfntrace_version
+                             of the file
+        """
+        return self._info
 
     def __repr__(self) -> str:
         """Return for example "Trace('a.pfnt', 1,204 records, lost 0)"."""
@@ -50,6 +71,12 @@ class Trace:
     def faults(self) -> pd.DataFrame:
         """Guest page faults, one row each: where, which page, how long, with which result.
 
+        `fault_ts` and `ts` (ns) are its begin and end; `vm`, `vcpu`, `tid`; `gfn` (4K pages) with
+        `slot` and `hva` (bytes); `pfn` (4K pages, or one of KVM's error values), `level`, `mmu`;
+        `error_code` and `ret` with its name `result`; `t_faultin`, `t_gup`, … `t_map` (ns after
+        fault_ts, null if the fault never got there); `refcount` at fault-in return and
+        `refcount_end`.
+
         >>> trace = open_trace("tests/unit/traces/ttm-6.12.pfnt")
         >>> trace.faults.groupby("result", observed=True).size().to_dict()
         {'error': 1, 'fixed': 2}
@@ -58,55 +85,87 @@ class Trace:
 
     @functools.cached_property
     def sptes(self) -> pd.DataFrame:
-        """Changes of leaf SPTEs: `op` install, change or zap, `old` and `new`, the page's count."""
+        """Changes of leaf SPTEs, one row each.
+
+        `ts` (ns), `op` install, change or zap, `cause`; `vm`, `as_id`, `level` (1: 4K), `gfn` and
+        `pfn` (4K pages), `mmu`, `sptep` (bytes); `old` and `new` (bits of the SPTE); `refcount` and
+        `mapcount` of the page; `fault_ts` (ns) of the fault that it happened in.
+
+        >>> trace = open_trace("tests/unit/traces/ttm-6.12.pfnt")
+        >>> trace.sptes["op"].value_counts().to_dict()
+        {'install': 2, 'zap': 2, 'change': 0}
+        """
         return self._load("sptes")
 
     @functools.cached_property
     def releases(self) -> pd.DataFrame:
-        """References that KVM gave back, and pages that it marked: `call`, count before."""
+        """References that KVM gave back, and pages that it marked, one row each.
+
+        `ts` (ns), `call` (pfn_clean, … page_dirty, finish_fault, mark_accessed, mark_dirty), `pfn`
+        (4K pages), `refcount` before it, `mapcount`, `page_flags` and `page_bits` (bits); `vm`,
+        `tid`, `fault_ts` (ns).
+        """
         return self._load("releases")
 
     @functools.cached_property
     def invalidations(self) -> pd.DataFrame:
-        """MMU notifier calls: `op` start or end, [hva, hva_end) in bytes."""
+        """MMU notifier calls, one row each.
+
+        `ts` (ns), `op` start or end, `vm`, [`hva`, `hva_end`) in bytes, `event` (why memory
+        changes), `invalidate_seq` and `in_progress` at the end of the call.
+        """
         return self._load("invalidations")
 
     @functools.cached_property
     def page_events(self) -> pd.DataFrame:
         """Pages freed that a VM had mapped (`kind` PAGE_FREE), and handed out again (PAGE_ALLOC).
 
-        A row speaks of 2^`order` pages from `pfn`.
+        A row speaks of 2^`order` pages from `pfn` (4K pages) at `ts` (ns); `vm` mapped them;
+        `refcount`, `mapcount`, `page_flags` and `page_bits` (bits) as they were.
         """
         return self._load("page_events")
 
     @functools.cached_property
     def pins(self) -> pd.DataFrame:
-        """Guest pages that KVM mapped for itself: `op` map, unmap or refresh."""
+        """Guest pages that KVM mapped for itself, one row for each time.
+
+        `ts` (ns), `op` map, unmap or refresh, `vm`, `gfn` and `pfn` (4K pages), `refcount`.
+        """
         return self._load("pins")
 
     @functools.cached_property
     def slots(self) -> pd.DataFrame:
-        """Memslots: `op` create, delete, move, flags; seen if one was there before the trace."""
+        """Memslots, one row for each change.
+
+        `ts` (ns), `op` create, delete, move, flags, or seen if it was there before the trace;
+        `vm`, `as_id`, `slot`, `gfn` and `npages` (4K pages), `hva` (bytes), `slot_flags` (bits).
+        """
         return self._load("slots")
 
     @functools.cached_property
     def vms(self) -> pd.DataFrame:
-        """VMs: `op` create or delete."""
+        """VMs: `ts` (ns), `op` create or delete, `vm`, `vm_tgid` (its process)."""
         return self._load("vms")
 
     @functools.cached_property
     def vmas(self) -> pd.DataFrame:
-        """PFNMAP mappings of the VM's process that a fault walked: [hva, hva_end), `vm_flags`."""
+        """PFNMAP mappings of the VM's process that a fault walked.
+
+        `ts` (ns), `vm`, [`hva`, `hva_end`) in bytes, `vm_flags` (bits), `rdev` of the file.
+        """
         return self._load("vmas")
 
     @functools.cached_property
     def losses(self) -> pd.DataFrame:
-        """Counters per cpu and `loss_kind`, cumulative: `produced`, `lost`, `filtered`, `torn`."""
+        """Counters per `cpu` and `loss_kind`, in records since the start.
+
+        `ts` (ns), `produced`; of these `lost` (of these `torn`) and `filtered`.
+        """
         return self._load("losses")
 
     @functools.cached_property
     def notes(self) -> pd.DataFrame:
-        """What the recorder noted, a JSON object in each row's `note`."""
+        """What the recorder noted: `ts` (ns), `note` (one JSON object)."""
         return self._load("notes")
 
     @functools.cached_property
@@ -127,7 +186,10 @@ class Trace:
     ) -> pd.DataFrame:
         """Return mapping lifetimes, the table `lives`: all, or those of a VM, a page, a memslot.
 
-        `gfn` and `pfn` also find large leaves that hold that page.
+        `gfn` and `pfn` (4K pages) also find large leaves that hold that page. `birth_ts` and
+        `death_ts` (ns), `birth_cause`, `death_cause`, `ended_by`; `vm`, `as_id`, `level`; `gfn`,
+        `pages` and `pfn` (4K pages), `page_class`; `refcount_birth`, `_death`, `_min`, `_max`;
+        `ever_writable`, `accessed`, `dirty`; `censored_start`, `censored_end`, `lost`.
 
         >>> trace = open_trace("tests/unit/traces/ttm-6.12.pfnt")
         >>> life = trace.lives(gfn=65536).iloc[0]
@@ -146,6 +208,9 @@ class Trace:
 
     def anomalies(self) -> pd.DataFrame:
         """Return what `pfntrace check` finds, the table `anomalies`, worst first.
+
+        `detector`, `verdict`, `title`, `count`, `pages` (4K pages), `first_ts` and `last_ts` (ns);
+        `vms`, `slots`, `gfns`, `pfns`, `evidence`, … are JSON.
 
         >>> trace = open_trace("tests/unit/traces/ttm-7.3.pfnt")
         >>> len(trace.anomalies())
@@ -179,7 +244,22 @@ class Trace:
         if not batches:
             return empty(name)
         table = pa.Table.from_batches(batches).to_pandas(types_mapper=DTYPES.get)
-        return check(name, table)
+        return check(name, _with_names(name, table, ("error", *self._results)))
+
+
+def _with_names(name: str, table: pd.DataFrame, results: tuple[str, ...]) -> pd.DataFrame:
+    """Return a table whose categories are the names declared for it, not those of all tables.
+
+    `results` are those of the kernel. What a record says that is no such name stays.
+    """
+    changed = {}
+    for column in TABLES[name].columns:
+        if column.dtype == "category":
+            values = table[column.name].cat
+            used = values.remove_unused_categories().cat.categories
+            known = dict.fromkeys([*(column.names or results), *used])
+            changed[column.name] = values.set_categories(list(known))
+    return table.assign(**changed)
 
 
 def open_trace(path: Path | str) -> Trace:

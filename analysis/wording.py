@@ -10,8 +10,10 @@ from pathlib import Path
 
 from analysis.document import Block, Document, Entry, Facts, Section, Sentence, Table
 from analysis.explain import explained, owner
+from analysis.findings import VERDICTS
 from analysis.findingwords import anomalies
 from analysis.histogram import Percentiles
+from analysis.latency import BY, LEVELS
 from analysis.mappings import UNKNOWN_FILE
 from analysis.pages import PAGE_CLASSES
 from analysis.reportdata import result_order
@@ -41,9 +43,10 @@ _ENDS = {
     "output": "until the file could not be written",
     "merged": "in parts that were merged",
 }
-LEVELS = {1: "4K", 2: "2M", 3: "1G"}
 #: Ranges of one group of pages, and parts of a merged trace, that are shown.
 _RANGES_MAX, _PARTS_MAX = 4, 8
+#: VMs and memslots whose times are shown.
+_PLACES_MAX = 10
 
 
 def document(report: Report) -> Document:
@@ -67,17 +70,28 @@ def document(report: Report) -> Document:
         title=f"pfntrace report of {printable(Path(report.trace).name)}",
         verdict=report.verdict,
         tone=_tone(report),
+        verdict_tone="warn" if report.lost or not report.complete else "good",
+        found=_found(report),
         reservations=tuple(_reservations(report)),
         numbers=tuple(_numbers(report)),
         sections=tuple(section for section in sections if section.blocks),
     )
 
 
+def _found(report: Report) -> str:
+    """Return what was found in the trace, in a line; "" if nothing."""
+    counts = Counter(finding.verdict for finding in report.findings)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    found = f"{told} finding{'s' * (len(report.findings) != 1)}" if told else ""
+    died = any(row.failure.died for row in report.failures)
+    ended = "faults that failed ended a guest" if died else ""
+    return "; ".join(filter(None, (found, ended)))
+
+
 def _tone(report: Report) -> str:
     if any(finding.is_anomaly for finding in report.findings):
         return "bad"
-    hurt = report.findings or any(row.failure.died for row in report.failures)
-    return "warn" if report.lost or not report.complete or hurt else "good"
+    return "warn" if report.lost or not report.complete or _found(report) else "good"
 
 
 def _reservations(report: Report) -> Iterator[str]:
@@ -152,9 +166,12 @@ def _records(report: Report) -> Section:
 
 
 def _no_faults(report: Report) -> Section:
-    why = "Was a VM running, and was it this one (--vm)? A guest faults when it touches new memory."
+    why = (
+        "Was a VM running, and was it this one (record --vm)? A guest faults when it touches new "
+        "memory."
+    )
     if report.filtered:
-        why = "The filter kept records out: was it the right VM (--vm), the right range (--gfn)?"
+        why = "The filter kept records out: was record told the right VM and range (--vm, --gfn)?"
     return Section("faults", "No guest page fault is in this trace", (Sentence(why),))
 
 
@@ -170,6 +187,7 @@ def _faults(report: Report) -> Iterator[Section]:
     yield Section("faults", "Faults by result", (Table(header, rows, "lr"),))
     yield _paths(report)
     yield _stages(report)
+    yield _latency(report)
     yield _slots(report)
 
 
@@ -195,6 +213,21 @@ def _stages(report: Report) -> Section:
     header = ("path", "stage", "faults", "median", "90 %", "99 %", "longest")
     note = Sentence("Times are of the host's clock, probes included; percentiles within 0.4 %.")
     return Section("stages", "How long faults took", (Table(header, rows, "llr"), note))
+
+
+def _latency(report: Report) -> Section:
+    """Word how long faults took by level, VM and memslot; one of a kind says nothing new."""
+    rows = []
+    for by in BY:
+        mine = [row for row in report.latency if row.by == by]
+        if len(mine) > 1 or by == "level":
+            # Of many memslots those matter in which the guest faults.
+            most = sorted(mine, key=lambda row: -row.times.n)[:_PLACES_MAX]
+            rows += [row for row in mine if row in most]
+    cells = tuple((row.name, f"{row.times.n:,}", *percentiles(row.times)) for row in rows)
+    header = ("whole faults of", "faults", "median", "90 %", "99 %", "longest")
+    title = "Fault latency by level mapped, VM and memslot"
+    return Section("latency", title, (Table(header, cells, "lr"),) if cells else ())
 
 
 def percentiles(times: Percentiles) -> tuple[str, str, str, str]:

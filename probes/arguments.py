@@ -10,9 +10,9 @@ def parse_frames(text: str, flag: str = "--gfn") -> tuple[int, int]:
 
     Raises UsageError naming `flag`.
     """
-    first, _, last = text.partition("-")
+    first, range_, last = text.partition("-")
     try:
-        low, high = int(first, 0), int(last or first, 0)
+        low, high = int(first, 0), int(last if range_ else first, 0)
     except ValueError:
         raise UsageError(f"{flag} {text}: write A-B, for example 0x100-0x1ff") from None
     if not 0 <= low <= high < 1 << 52:

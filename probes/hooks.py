@@ -311,7 +311,16 @@ STRUCTS: dict[str, tuple[str, ...]] = {
     "kvm_mmu_page_role": ("level", "smm"),
     "kvm_host_map": ("gfn", "pfn", "hva"),
     "gfn_to_pfn_cache": ("kvm", "gpa", "uhva", "pfn"),
-    "kvm_follow_pfn": ("slot", "gfn", "refcounted_page", "is_refcounted_page", "pin"),
+    # Those of the series' versions that no program reads tell them apart: tracer.simulator.replay.
+    "kvm_follow_pfn": (
+        "slot",
+        "gfn",
+        "refcounted_page",
+        "is_refcounted_page",
+        "pin",
+        "allow_write_mapping",
+        "allow_non_refcounted_struct_page",
+    ),
     "page": (
         "flags",
         "compound_head",

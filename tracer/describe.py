@@ -3,10 +3,13 @@
 May import: `probes` only; takes what `TraceReader.info` returns.
 """
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 __all__ = ("info_lines", "printable", "verdict_line")
+
+_WIDTH = 80
 
 
 def printable(text: object) -> str:
@@ -17,34 +20,50 @@ def printable(text: object) -> str:
 def verdict_line(info: dict[str, Any]) -> str:
     """Return the line that says what a trace is worth: loss and completeness, before all else."""
     lost, produced = info["lost"], info["records"] + info["lost"] + info["filtered"]
-    parts = []
-    if lost:
-        parts.append(f"LOST {lost:,} of {produced:,} records ({100 * lost / produced:.1f} %)")
+    if not info["complete"]:
+        # The last counts of what was lost stand at the end, which is not there.
+        loss, end = "no loss known", f"INCOMPLETE: {printable(info['reason'])}"
     else:
-        parts.append("nothing lost")
-    parts.append("complete" if info["complete"] else f"INCOMPLETE: {printable(info['reason'])}")
-    return "; ".join(parts)
+        loss, end = "nothing lost", "otherwise complete" if lost else "complete"
+    if lost:
+        loss = f"LOST {lost:,} of {produced:,} records ({100 * lost / produced:.1f} %)"
+    return f"{loss}; {end}"
 
 
 def info_lines(info: dict[str, Any]) -> Iterator[str]:
-    """Yield the description, loss first, at most 80 columns but for names that are longer."""
-    yield verdict_line(info)
+    """Yield the description, loss first, at most 80 columns but for words that are longer."""
+    yield from _wrapped(verdict_line(info), "  ")
     yield f"records     {info['records']:,} (filtered {info['filtered']:,})"
     for kind, count in info["kinds"].items():
         if count:
             yield f"  {kind:<10}{count:>12,}"
     yield f"duration    {info['duration_s']:.3f} s, from {printable(info['start'])}"
     yield f"kernel      {printable(info['kernel'])}, generation {printable(info['generation'])}"
-    yield f"command     {printable(' '.join(info['command']))}"
+    yield from _wrapped(f"command     {printable(' '.join(info['command']))}", " " * 12)
     yield f"file        {info['bytes']:,} bytes, schema {info['schema_version']}"
     yield from _part_lines(info["merged"])
     yield "hooks"
     for hook in info["hooks"]:
         symbols = ", ".join(printable(s) for s in hook["symbols"])
-        yield f"  {printable(hook['hook']):<18}{printable(hook['how']):<15}{symbols}"
+        yield from _wrapped(
+            f"  {printable(hook['hook']):<19}{printable(hook['how']):<15}{symbols}", " " * 36
+        )
     for missing in info["missing"]:
         without = printable(missing["without"] or "not of this kernel generation")
-        yield f"  {printable(missing['hook']):<18}{'missing':<15}{without}"
+        yield from _wrapped(f"  {printable(missing['hook']):<19}{'missing':<15}{without}", " " * 36)
+
+
+def _wrapped(line: str, indent: str) -> Iterator[str]:
+    """Yield a line in pieces of at most 80 columns, the further ones indented."""
+    if len(line) <= _WIDTH:
+        yield line
+        return
+    # What stands in columns stays so: only what follows them is put on further lines.
+    head = line[: len(indent)]
+    yield from textwrap.wrap(
+        line[len(head) :], _WIDTH, initial_indent=head, subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _part_lines(merged: dict[str, Any]) -> Iterator[str]:
@@ -58,4 +77,5 @@ def _part_lines(merged: dict[str, Any]) -> Iterator[str]:
         named = isinstance(vms, list) and len(vms) == 2
         which = printable(f"VMs {vms[0]}-{vms[1]}") if named else "no VM"
         host = printable(part.get("hostname", ""))
-        yield f"  {file:<24}{host:<14}{which}, from {printable(part.get('start', ''))}"
+        line = f"  {file:<24}{host:<14}{which}, from {printable(part.get('start', ''))}"
+        yield from _wrapped(line, " " * 40)

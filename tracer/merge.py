@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from probes.errors import MergeError, OutputError
 from tracer import mergeplan, schema
+from tracer.describe import printable
 from tracer.mergeplan import COUNTS, MERGED, PARTS_MAX, Part, Place
 from tracer.timeorder import in_time_spans, merged, values
 from tracer.tracefile import TraceMeta, TraceReader, TraceWriter
@@ -28,7 +29,7 @@ from tracer.tracemeta import parse_json
 from tracer.tracescan import Block
 from tracer.tracewriter import NOTE_BYTES_MAX
 
-__all__ = ("Merged", "merge")
+__all__ = ("Merged", "merge", "merged_lines")
 
 #: Rows held while parts overlap in time, all columns of them: 300 bytes each.
 _HELD_ROWS_MAX = 1 << 21
@@ -130,6 +131,8 @@ def merge(
         raise MergeError(f"{len(paths)} parts: at most {PARTS_MAX} can be merged at once")
     if not overwrite and os.path.lexists(output):
         raise OutputError(f"{output} exists already; name another with -o, or add --force")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output} cannot be created: no folder {output.parent}; name another")
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(TraceReader(path)) for path in paths]
         for path in paths:
@@ -147,9 +150,23 @@ def merge(
         try:
             _write(_writer(unfinished, meta), sources, step)
             _give_name(unfinished, output, overwrite=overwrite)
+        except OutputError as err:
+            # Of the user's file, not of a name that nobody asked for.
+            raise OutputError(str(err).replace(str(unfinished), str(output))) from err
         finally:
             unfinished.unlink(missing_ok=True)
     return _told(places)
+
+
+def merged_lines(told: Merged, output: Path) -> Iterator[str]:
+    """Yield what to say of a merge: which parts are incomplete, what to mind, what was written."""
+    for part in told.parts:
+        if part["reason"]:
+            yield f"INCOMPLETE: {printable(part['file'])}: {printable(part['reason'])}"
+    yield from map(printable, told.remarks)
+    count = f"{len(told.parts)} part{'s' if len(told.parts) != 1 else ''}"
+    yield f"merged {count}: {told.records:,} records, lost {told.lost:,}"
+    yield f"wrote {output}; see: pfntrace info {output}"
 
 
 def _steps(readers: Sequence[TraceReader], progress: Progress | None) -> Callable[[int], None]:

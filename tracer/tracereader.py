@@ -156,6 +156,11 @@ class TraceReader:
         return self._file.path
 
     @property
+    def vms(self) -> tuple[int, int]:
+        """The first and the last number that a VM in here can have; 0 is an unknown one."""
+        return 0, (1 << 32) - 1
+
+    @property
     def reason(self) -> str:
         """Why the records are not all there, as far as is known by now; "" if nothing is wrong.
 

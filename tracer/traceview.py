@@ -106,6 +106,11 @@ class RecordingView(TraceReader):
             settings=first["settings"],
         )
 
+    @property
+    def vms(self) -> tuple[int, int]:
+        """The first and the last number of its VMs in the merged trace; (1, 0) if it has none."""
+        return self._vms
+
     def close(self) -> None:
         """Do nothing: the file is closed with the reader of the whole trace."""
 

@@ -247,7 +247,8 @@ class Balance:
     def _who(self) -> str:
         absent, judged = self._absent, self._judged
         if absent["all"] >= _EVERY * judged["all"] and judged["all"] > 1:
-            return "every fault on this kernel"
+            alike = ", all of large pages," if judged["huge"] == judged["all"] else ""
+            return f"every fault on this kernel{alike}"
         for name, words in _GROUPS.items():
             inside = absent[name] >= _EVERY * absent["all"] and absent[name] > 0
             if inside and absent[name] >= _EVERY * judged[name]:
@@ -289,7 +290,7 @@ class Balance:
             innocent=(
                 Innocent(
                     "one call shows twice, as the function and one that it calls",
-                    "no: the same function was called twice",
+                    "no: calls made inside another are left out, and one put too many remains",
                 ),
             ),
         )

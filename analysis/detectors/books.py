@@ -12,12 +12,14 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
 from analysis.detectors.common import Occurrences
 from analysis.detectors.mapped import Key, WrongLives, lost_or_seen, unsure
+from analysis.detectors.stale import CLOCKS_NS
 from analysis.findings import Finding, Innocent
 from analysis.framelog import Spaces
 from analysis.lifearrays import LifeArrays
@@ -29,6 +31,12 @@ __all__ = ("Unpaired",)
 _ZAP, _DELETE, _SHADOW = code("op", "zap"), code("op", "delete"), code("mmu", "shadow")
 #: Causes of changes that KVM makes without mmu_lock.
 _LOCKLESS = codes("cause", "fast", "aging", "dirty_log")
+#: An orphan has waited for its install no longer than this (analysis.lives: 100 ms).
+_WAITED_NS = 2 * 10**8
+#: Pieces kept for that, whatever a hostile trace says of its times.
+_PIECES_MAX = 64
+#: Orphans that are held against zaps nearby; a sane trace has none.
+_NEAR_MAX = 1 << 10
 
 
 class Unpaired:
@@ -47,7 +55,10 @@ class Unpaired:
 
     def __init__(self) -> None:
         self._slots = SlotMap(Spaces())
-        self._orphans = {why: Occurrences() for why in ("", "lost", "lockless", "split")}
+        whys = ("", "lost", "lockless", "split", "clocks")
+        self._orphans = {why: Occurrences() for why in whys}
+        #: the newest SPTE records: an orphan may be of an earlier piece, having waited.
+        self._pieces: list[Records] = []
         self._ended_vms: dict[int, Key] = {}
         #: VMs with large leaves in the shadow MMU, which may have been split.
         self._large: set[int] = set()
@@ -64,6 +75,10 @@ class Unpaired:
         large = (sptes["level"] > 1) & (sptes["mmu"] == _SHADOW)
         if large.any():
             self._large |= set(np.unique(sptes["vm"][large]).tolist())
+        if len(sptes):
+            since = int(sptes["ts"][0]) - _WAITED_NS
+            late = [piece for piece in self._pieces if int(piece["ts"][-1]) >= since]
+            self._pieces = [*late[-_PIECES_MAX:], sptes]
         if len(chunk.orphan_records):
             self._take_orphans(chunk.orphan_records)
         vms = chunk["VM"]
@@ -76,10 +91,29 @@ class Unpaired:
         lockless = (sptes["op"][at] != _ZAP) & np.isin(sptes["cause"][at], _LOCKLESS)
         split = np.isin(sptes["vm"][at], np.array(sorted(self._large), np.uint32))
         split &= (sptes["mmu"][at] == _SHADOW) & ~lost & ~lockless
+        clocks = self._zapped_near(sptes, ~(lost | lockless | split))
+        self._orphans["clocks"].add(sptes, at[clocks])
         self._orphans["lost"].add(sptes, at[lost])
         self._orphans["lockless"].add(sptes, at[lockless & ~lost])
         self._orphans["split"].add(sptes, at[split])
-        self._orphans[""].add(sptes, at[~(lost | lockless | split)])
+        self._orphans[""].add(sptes, at[~(lost | lockless | split | clocks)])
+
+    def _zapped_near(self, sptes: Records, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Tell which changes are so near to a zap by another cpu that clocks say nothing."""
+        near = np.zeros(len(sptes), np.bool_)
+        for at in np.flatnonzero(which & (sptes["op"] != _ZAP))[:_NEAR_MAX].tolist():
+            ts = int(sptes["ts"][at])
+            for piece in self._pieces:
+                if not int(piece["ts"][0]) - CLOCKS_NS <= ts <= int(piece["ts"][-1]) + CLOCKS_NS:
+                    continue
+                low, high = np.searchsorted(piece["ts"], [max(0, ts - CLOCKS_NS), ts + CLOCKS_NS])
+                rows = slice(int(low), int(high))
+                hit = (piece["op"][rows] == _ZAP) & (piece["cpu"][rows] != sptes["cpu"][at])
+                hit &= (piece["vm"][rows] == sptes["vm"][at]) & (
+                    piece["gfn"][rows] == sptes["gfn"][at]
+                )
+                near[at] |= bool(hit.any())
+        return near
 
     def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
         """Return what was found."""
@@ -99,6 +133,12 @@ class Unpaired:
             Innocent(
                 "the change, made without mmu_lock, was written down after the zap",
                 "not ruled out" if why == "lockless" else "no: this one is made under mmu_lock",
+            ),
+            Innocent(
+                "the clocks of two cpus differ, and the change came before the zap",
+                f"not ruled out: less than {CLOCKS_NS // 1000} us are between them"
+                if why == "clocks"
+                else f"no: one cpu wrote both, or no zap of it is within {CLOCKS_NS // 1000} us",
             ),
             Innocent(
                 "a large page of the shadow MMU was split, which no hook sees",

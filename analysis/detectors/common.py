@@ -28,6 +28,7 @@ __all__ = (
     "refcountable",
     "vcpu_keys",
     "where_of",
+    "where_of_gfn",
 )
 
 #: Frame numbers are below this; KVM's error values are above.
@@ -113,6 +114,21 @@ def where_of(recording: Recording, vm: int, hva: int) -> str:
     table = pd.DataFrame({"vm": [vm], "hva": pd.array([hva], "UInt64")})
     found = recording.mappings.find_all(table)[0]
     return "" if found is None else str(found)
+
+
+def where_of_gfn(recording: Recording, vm: int, gfn: int) -> str:
+    """Return the mapping behind a guest frame, by the newest slot note that has it; "" if none."""
+    for note in reversed(recording.notes):
+        slot = note.get("slot")
+        if not isinstance(slot, dict) or slot.get("vm") != vm:
+            continue
+        first, pages, hva = (slot.get(name) for name in ("gfn", "npages", "hva"))
+        if not (isinstance(first, int) and isinstance(pages, int) and isinstance(hva, int)):
+            continue
+        address = hva + ((gfn - first) << 12)
+        if first <= gfn < first + pages and 0 < address < 1 << 64:
+            return where_of(recording, vm, address)
+    return ""
 
 
 class Occurrences:
@@ -204,6 +220,12 @@ class Occurrences:
         """Return how many distinct host pages there were."""
         return len(np.unique(np.concatenate(self._pfns))) if self._pfns else 0
 
+    def _where(self, recording: Recording) -> str:
+        vm, hva, gfn = (self.first.get(name) for name in ("vm", "hva", "gfn"))
+        if hva is None and gfn is not None:
+            return where_of_gfn(recording, int(vm or 0), int(gfn))
+        return where_of(recording, int(vm or 0), int(hva or 0))
+
     def finding(
         self,
         detector: Any,
@@ -234,9 +256,7 @@ class Occurrences:
             more=more_pfns or more_gfns,
             first_ts=self._span[0],
             last_ts=self._span[1],
-            where=where_of(
-                recording, int(self.first.get("vm") or 0), int(self.first.get("hva") or 0)
-            ),
+            where=self._where(recording),
             functions=tuple(functions),
             innocent=tuple(one for one in innocent if one is not None),
             chain=self.chain,

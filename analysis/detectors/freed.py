@@ -43,6 +43,8 @@ _ORDER_MAX = 18
 _PAGE_COLUMNS = ("pfn", "order", "tid", "stack")
 _NO_STACK = (1 << 32) - 1
 _ORDER, _TID = np.uint64(58), (1 << 22) - 1
+#: The tracer's own frames, which are innermost.
+_TRACING = ("bpf_prog_", "bpf_trace_run", "__traceiter_", "__bpf_trace_")
 #: What happened to the page.
 _BY_KVM = "freed inside a guest page fault, by KVM's own put,"
 _FREED, _REUSED = "freed", "handed out anew"
@@ -154,6 +156,14 @@ class FreedWhileMapped:
             words["freed_by_stack"] = self._frames[stack]
         return words
 
+    @staticmethod
+    def _stack(detail: Mapping[str, Any]) -> str:
+        """Return the kernel stack of the first free for people, innermost first."""
+        frames = [str(frame) for frame in detail.get("freed_by_stack") or ()]
+        while frames and frames[0].startswith(_TRACING):
+            del frames[0]
+        return " < ".join(frame.removesuffix(" [kernel]") for frame in frames)
+
     def _weakness(self, lives: LifeArrays, hits: Hits, at: int) -> str:
         """Return what keeps a hit from being proof, "" if nothing."""
         life = int(hits.life[at])
@@ -171,13 +181,15 @@ class FreedWhileMapped:
         functions = ["kvm_mmu_notifier_invalidate_range_start", "mm_page_free"]
         if who == _BY_KVM:
             functions[0] = self._recording.semantics.put_function or "kvm_release_pfn_clean"
+        stack = self._stack(detail)
         return found.finding(
             self,
             self._recording,
             "inconclusive" if why else "definite",
-            f"VM {vm}: pages were {who} while the guest still mapped them",
+            f"VM {vm}: pages were {who} while the guest still mapped them, first gfn "
+            f"{found.first['gfn']:#x} by SPTE {found.first['spte']:#x}",
             slots=self._slots,
-            functions=functions,
+            functions=(*functions, *((f"called by {stack}",) if stack else ())),
             innocent=_innocent(self._recording, why, who),
             detail=detail,
         )

@@ -5,6 +5,10 @@ reclaim. What no such noise does is follow KVM's faults: rise by one with every 
 for as long as it lives, or stay above what maps the page by exactly the number of its faults, when
 KVM has let go of it and its VM is gone, until the recording ends, without ever being freed.
 
+Of PFNMAP memory four faults are enough, if the count rises by exactly one with each and by nothing
+between: get_user_pages() refuses such memory (VM_PFNMAP, VM_IO: check_vma_flags(), mm/gup.c) and it
+is on no LRU list, so that nobody is left but KVM and the driver.
+
 The noise that comes nearest: mark_page_accessed() at the end of a fault queues the page for
 activation when it is seen a second time, and the queue holds a reference, so that many pages rise
 by one with their second fault. Compound pages are left out, since their count rises with every part
@@ -12,7 +16,7 @@ that the host maps, and so is memory of a file that may outlive the VM.
 May import: `analysis`, `probes.wire`, numpy, pandas.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,33 +25,41 @@ import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
-from analysis.detectors.common import missing_hooks, refcountable
+from analysis.detectors.common import missing_hooks, refcountable, where_of_gfn
+from analysis.detectors.neverfreed import LRU_PAGES, KeptPages
+from analysis.detectors.pagegroups import ANONYMOUS, KNOWN, Anonymous, Groups
 from analysis.detectors.puts import judged_faults
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Chain, Finding, Innocent, ranges_of
 from analysis.pagemap import PAGES_MAX, PageMap
 from analysis.recording import Recording
+from analysis.text import plural
 from probes.wire import PAGE_BITS
 
 __all__ = ("Growth",)
 
 _COMPOUND = PAGE_BITS["head"] | PAGE_BITS["tail"]
-#: Pages that the LRU batches of a cpu can hold: 31 in each of add, activate, mlock (mm/swap.c).
-_LRU_PAGES = 93
 #: Faults of one page from which on a rise is more than two queues of the LRU can make.
 _FAULTS_SOME = 5
 #: Faults of one page from which on its growth is told …
 _FAULTS_MANY = 16
 #: … and from which on nobody else can have kept step by chance.
 _FAULTS_SURE = 64
+#: Faults of a PFNMAP page, each of which raises its count by exactly one, that accuse KVM.
+_FAULTS_PFNMAP = 4
 #: The part of the faults, or of the pages, that must fit.
 _MOST = 0.9
-#: Pages of a slot that must have been freed, for its memory to be taken for anonymous.
-_FREED_SOME = 8
+#: References that a page in an LRU batch has more: a page is in one at a time.
+_BATCHED = 1
+#: Pages that are too old for LRU batches, from which on they are told though they are few.
+_OLD_SOME = 8
 #: Ends of a recording after which the VM's process is gone, and with it its memory.
 _PROCESS_ENDED = ("command", "vm")
-#: `state` of a page.
-_ANONYMOUS, _KNOWN, _ZAPPED = 1, 2, 4
+#: `state` of a page, with ANONYMOUS and KNOWN: it was zapped; `first` and `last` are of it; its
+#: count once moved otherwise than with a fault; KVM had to walk a PFNMAP mapping to find it.
+_ZAPPED, _SEEN, _STRAYED, _PFNMAP = 4, 8, 16, 32
+_HISTORY = np.uint8(_SEEN | _STRAYED | _PFNMAP)
+_GFN_MAX = (1 << 32) - 1
 #: Largest order of a block that is freed at once: a 1G page.
 _ORDER_MAX = 18
 _MANY_FREED = 1 << 22
@@ -72,6 +84,7 @@ class Growth:
     columns: Mapping[str, Sequence[str]] = {
         "PAGE_FREE": ("pfn", "order"),
         "VM": ("vm", "op"),
+        "INVALIDATE": ("op",),
         "SPTE": ("op", "pfn", "level", "refcount", "mapcount", "page_bits"),
     }
     wants_lives = False
@@ -87,34 +100,44 @@ class Growth:
                 "state": np.uint8,
                 "ts": np.uint64,
                 "group": np.uint16,
+                "gfn": np.uint32,
+                "cpu": np.uint16,
             }
         )
-        self._groups = _Groups()
+        self._groups = Groups()
         self._gone: set[int] = set()
         self._span = [1 << 63, 0]
+        #: starts of invalidations since the first fault that is judged
+        self._invalidated = 0
 
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
         self._recording = recording
         if recording.semantics.put == "unknown":
             return f"what generation {recording.generation or '(none)'} promises is not known"
-        self._anonymous = _Anonymous(recording)
+        self._anonymous = Anonymous(recording)
         return missing_hooks(recording, "page_free")
 
     def feed(self, chunk: Chunk) -> None:
         """Take the next span of time."""
-        # Within a chunk the order of kinds does not matter much: a page that is freed and handed
-        # out again in it is taken for one that is new, as it should be.
-        faults = chunk.faults.records
-        if len(faults):
-            self._feed_faults(faults)
-            self._feed_prefetches(chunk.faults)
-        vms = chunk["VM"]
+        self._take(chunk, None)
+        vms, invalidated = chunk["VM"], chunk["INVALIDATE"]
         self._gone |= set(vms["vm"][vms["op"] == code("op", "delete")].tolist())
-        self._feed_zaps(chunk["SPTE"])
-        self._feed_frees(chunk["PAGE_FREE"])
+        starts = invalidated["ts"][invalidated["op"] == code("op", "start")]
+        self._invalidated += int((starts >= self._span[0]).sum())
+        again = self._feed_frees(chunk["PAGE_FREE"])
+        if again is not None:
+            # Pages that were freed and handed out again in this chunk begin anew.
+            self._take(chunk, again)
 
-    def _feed_faults(self, faults: Records) -> None:
+    def _take(self, chunk: Chunk, since: "_Since | None") -> None:
+        """Take what happened to pages; only since they were freed if `since` is given."""
+        if len(chunk.faults):
+            self._feed_faults(chunk.faults.records, since)
+            self._feed_prefetches(chunk.faults, since)
+        self._feed_zaps(chunk["SPTE"], since)
+
+    def _feed_faults(self, faults: Records, since: "_Since | None") -> None:
         judged = judged_faults(faults, self._recording)
         judged &= (faults["page_bits"] & _COMPOUND) == 0
         rows = np.flatnonzero(judged & (faults["page_bits_end"] > 0))
@@ -123,19 +146,46 @@ class Growth:
         ts = faults["ts"]
         self._span = [min(self._span[0], int(ts[rows[0]])), max(self._span[1], int(ts[rows[-1]]))]
         at = self._pages.at(faults["pfn"][rows], add=True)
-        rows, at = rows[at >= 0], at[at >= 0]
+        rows, at = _those(rows, at, ts, since)
         above = faults["refcount_end"][rows] - faults["mapcount_end"][rows]
         pages = self._pages
+        strayed = self._strayed(faults, rows, at, above)
         # Of several faults of a page numpy keeps what is assigned last, so the first comes last.
-        new = np.flatnonzero(pages["gets"][at] == 0)[::-1]
+        new = np.flatnonzero((pages["state"][at] & _SEEN) == 0)[::-1]
         pages["first"][at[new]] = above[new]
         pages["last"][at] = above
         pages["ts"][at] = ts[rows]
         np.add.at(pages["gets"], at, np.uint32(1))
-        pages["state"][at] = self._anonymous.state(faults["vm"][rows], faults["hva"][rows])
+        known = self._anonymous.state(faults["vm"][rows], faults["hva"][rows])
+        walked = faults["walk_pfn"][rows] == faults["pfn"][rows]
+        known |= np.where(walked, np.uint8(_SEEN | _PFNMAP), np.uint8(_SEEN))
+        pages["state"][at] = (pages["state"][at] & _HISTORY) | known
+        pages["state"][strayed] |= np.uint8(_STRAYED)
         pages["group"][at] = self._groups.of(faults["vm"][rows], faults["slot"][rows])
+        pages["gfn"][at] = np.minimum(faults["gfn"][rows], np.uint64(_GFN_MAX))
+        pages["cpu"][at] = faults["cpu"][rows]
 
-    def _feed_prefetches(self, join: FaultJoin) -> None:
+    def _strayed(
+        self,
+        faults: Records,
+        rows: npt.NDArray[np.int64],
+        at: npt.NDArray[np.int64],
+        above: npt.NDArray[Any],
+    ) -> npt.NDArray[np.int64]:
+        """Return pages whose count did anything but rise by one since the fault before."""
+        pages = self._pages
+        order = np.argsort(at, kind="stable")
+        page, count = at[order], above[order]
+        follows = np.zeros(len(page), np.bool_)
+        follows[1:] = page[1:] == page[:-1]
+        before = np.where(follows, np.roll(count, 1), pages["last"][page])
+        has_before = follows | ((pages["state"][page] & _SEEN) != 0)
+        # KVM's own reference shows at fault-in's return already; it must still be there at the end.
+        taken = (faults["refcount"] - faults["mapcount"])[rows][order]
+        stray = has_before & ((count != before + 1) | (taken != count))
+        return np.asarray(page[stray], np.int64)
+
+    def _feed_prefetches(self, join: FaultJoin, since: "_Since | None") -> None:
         """Count the references of prefetched pages too: KVM takes and puts one for each."""
         sptes, faults = join.sptes, join.records
         rows = sptes["cause"] == code("cause", "prefetch")
@@ -145,17 +195,21 @@ class Growth:
         bits = sptes["page_bits"]
         rows = np.flatnonzero(rows & refcountable(bits) & ((bits & _COMPOUND) == 0))
         at = self._pages.at(sptes["pfn"][rows], add=True)
-        rows, at = rows[at >= 0], at[at >= 0]
-        np.add.at(self._pages["gets"], at, np.uint32(1))
-        self._pages["ts"][at] = sptes["ts"][rows]
+        rows, at = _those(rows, at, sptes["ts"], since)
+        pages = self._pages
+        np.add.at(pages["gets"], at, np.uint32(1))
+        pages["ts"][at] = sptes["ts"][rows]
         # Prefetched is what lies around the page of the fault, in the same slot.
         fault = sptes.fault[rows]
         away = (sptes["gfn"][rows] - faults["gfn"][fault]) << np.uint64(12)
-        hva = faults["hva"][fault] + away
-        self._pages["state"][at] = self._anonymous.state(faults["vm"][fault], hva)
-        self._pages["group"][at] = self._groups.of(faults["vm"][fault], faults["slot"][fault])
+        known = self._anonymous.state(faults["vm"][fault], faults["hva"][fault] + away)
+        # No sample is taken of their count: from here on it may be one higher.
+        pages["state"][at] = (pages["state"][at] & _HISTORY) | known | np.uint8(_STRAYED)
+        pages["group"][at] = self._groups.of(faults["vm"][fault], faults["slot"][fault])
+        pages["gfn"][at] = np.minimum(sptes["gfn"][rows], np.uint64(_GFN_MAX))
+        pages["cpu"][at] = sptes["cpu"][rows]
 
-    def _feed_zaps(self, sptes: Records) -> None:
+    def _feed_zaps(self, sptes: Records, since: "_Since | None") -> None:
         zaps = (sptes["op"] == code("op", "zap")) & (sptes["level"] == 1)
         # A type in place of the map count (buddy, slab) is far below -1.
         zaps &= (sptes["page_bits"] > 0) & (sptes["mapcount"] >= -1)
@@ -163,16 +217,16 @@ class Growth:
         rows = np.flatnonzero(zaps)
         if not len(rows):
             return
-        at = self._pages.at(sptes["pfn"][rows])
-        rows, at = rows[at >= 0], at[at >= 0]
+        rows, at = _those(rows, self._pages.at(sptes["pfn"][rows]), sptes["ts"], since)
         excess = sptes["refcount"][rows] - (sptes["mapcount"][rows] + 1)
         # Of several zaps of a page the last one stays: rows are in order of time.
         self._pages["excess"][at] = np.clip(excess, -1000, 1000)
-        self._pages["state"][at] |= _ZAPPED
+        self._pages["state"][at] |= np.uint8(_ZAPPED)
 
-    def _feed_frees(self, frees: Records) -> None:
+    def _feed_frees(self, frees: Records) -> "_Since | None":
+        """Forget freed pages; return those that a fault got again in this chunk, if any."""
         if not len(frees) or not len(self._pages):
-            return
+            return None
         order = np.minimum(frees["order"], _ORDER_MAX).astype(np.int64)
         pfn, ts = frees["pfn"], frees["ts"]
         if order.any():
@@ -183,132 +237,171 @@ class Growth:
             pfn = np.repeat(pfn, sizes) + within.astype(np.uint64)
             ts = np.repeat(ts, sizes)
         at = self._pages.at(pfn)
-        kept = at >= 0
+        ts, at = ts[at >= 0], at[at >= 0]
         pages = self._pages
-        one = at[kept]
-        sane = (pages["gets"][one] > 0) & ((pages["state"][one] & _ZAPPED) != 0)
-        self._groups.freed(pages["group"][one[sane & (pages["excess"][one] == 0)]])
-        # One that was freed and faulted in again within this chunk starts anew.
-        pages["gets"][one] = pages["ts"][one] > ts[kept]
-        pages["state"][one] &= np.uint8(_ANONYMOUS | _KNOWN)
-        pages["first"][one] = pages["last"][one]
+        again = pages["ts"][at] > ts
+        sane = (pages["gets"][at] > 0) & ((pages["state"][at] & _ZAPPED) != 0)
+        self._groups.freed(pages["group"][at[sane & (pages["excess"][at] == 0)]])
+        pages["gets"][at] = 0
+        pages["state"][at] &= np.uint8(ANONYMOUS | KNOWN)
+        return _Since(at[again], ts[again]) if again.any() else None
 
     def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
         """Return what was found."""
         pages = self._pages
-        found = []
         faults = pages["gets"][: len(pages)].astype(np.int64)
-        grown = (pages["last"].astype(np.int64) - pages["first"])[: len(pages)]
+        rise = (pages["last"].astype(np.int64) - pages["first"])[: len(pages)]
+        grown = np.where((pages["state"][: len(pages)] & _SEEN) != 0, rise, 0)
+        found = (self._risen(faults, grown), self._kept(faults))
+        return [finding for finding in found if finding is not None]
+
+    def _risen(self, faults: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]) -> Finding | None:
+        """Look for counts that rise with each fault."""
         steady = (faults >= _FAULTS_SOME) & (grown >= _MOST * (faults - 1))
         many = np.flatnonzero(steady & (faults > _FAULTS_MANY))
         if len(many):
-            found.append(self._growing(many, faults, grown))
-        else:
-            again = np.flatnonzero(faults >= _FAULTS_SOME)
-            steps, rise = int((faults[again] - 1).sum()), int(grown[again].sum())
-            enough = steady.sum() > _LRU_PAGES * self._recording.facts.cpus
-            if enough and rise >= _MOST * steps:
-                found.append(self._growing(np.flatnonzero(steady), faults, grown))
-        kept = self._kept(faults)
-        if kept is not None:
-            found.append(kept)
-        return found
+            return self._growing(many, faults, grown)
+        again = np.flatnonzero(faults >= _FAULTS_SOME)
+        steps, rise = int((faults[again] - 1).sum()), int(grown[again].sum())
+        enough = steady.sum() > LRU_PAGES * self._recording.facts.cpus
+        if enough and rise >= _MOST * steps:
+            return self._growing(np.flatnonzero(steady), faults, grown)
+        state = self._pages["state"][: len(self._pages)]
+        often = (faults >= _FAULTS_PFNMAP) & ((state & _SEEN) != 0)
+        exact = often & ((state & _STRAYED) == 0)
+        pfnmap = (state & _PFNMAP) != 0
+        accused = int((exact & pfnmap).sum())
+        if not accused or accused < _MOST * int((often & pfnmap).sum()):
+            return None
+        # Other pages whose count went the same way are told with them, though LRU batches could.
+        return self._growing(np.flatnonzero(exact), faults, grown, pfnmap)
 
     def _growing(
         self,
         at: npt.NDArray[np.int64],
         faults: npt.NDArray[np.int64],
         grown: npt.NDArray[np.int64],
+        pfnmap: npt.NDArray[np.bool_] | None = None,
     ) -> Finding:
-        worst = int(at[np.argmax(grown[at])])
+        shown = at if pfnmap is None else at[pfnmap[at]]
+        worst = int(shown[np.argmax(grown[shown])])
         times, rise = int(faults[worst]), int(grown[worst])
         sure = times >= _FAULTS_SURE or len(at) >= _FAULTS_SURE * self._recording.facts.cpus
-        more = "" if len(at) == 1 else f", and {len(at) - 1:,} more pages alike"
+        more = "" if len(at) == 1 else f"; {plural(len(at) - 1, 'more page')} alike"
         frame = int(self._pages.frames(np.array([worst]))[0])
+        others = f"no: the count rose by {rise / max(1, times - 1):.2f} with each fault"
+        if pfnmap is not None:
+            others = (
+                "no: get_user_pages() refuses PFNMAP memory, and it is on no LRU list: only its "
+                "driver is left"
+            )
+        told = [Innocent("somebody else took references meanwhile", others)]
+        if pfnmap is not None:
+            told.append(
+                Innocent(
+                    "the driver takes one whenever it maps the page for the host, and keeps it",
+                    "unlikely: it is asked anew only after an invalidation, of which there "
+                    f"{'was' if self._invalidated == 1 else 'were'} {self._invalidated:,} since "
+                    "the first fault",
+                )
+            )
+        told.append(
+            Innocent("more processes mapped the page", "no: what maps it (_mapcount) is taken off")
+        )
         return self._finding(
             at,
             "definite" if sure else "probable",
-            f"the count of pfn {frame:#x} rose by {rise:,} in {times:,} faults and never "
+            f"the count of pfn {frame:#x} rose by {rise:,} in {times:,} faults, one with each, and "
+            f"never fell{more}"
+            if rise == times - 1
+            else f"the count of pfn {frame:#x} rose by {rise:,} in {times:,} faults and never "
             f"fell{more}",
             _RULE_GROWS,
-            frame,
-            int(faults[at].sum()),
-            (
-                Innocent(
-                    "somebody else took references meanwhile",
-                    f"no: the count rose by {rise / max(1, times - 1):.2f} with each fault",
-                ),
-                Innocent(
-                    "more processes mapped the page",
-                    "no: what maps it (_mapcount) is taken off",
-                ),
-            ),
+            worst,
+            # The first fault kept one too.
+            int(np.minimum(grown[at] + 1, faults[at]).sum()),
+            told,
             {"faults": times, "rise": rise},
+            self._recording.semantics.put_function,
         )
 
     def _kept(self, faults: npt.NDArray[np.int64]) -> Finding | None:
         """Look for pages let go but never freed, held by as many as there were faults."""
         state = self._pages["state"][: len(self._pages)]
-        excess = self._pages["excess"][: len(self._pages)]
+        group = self._pages["group"][: len(self._pages)]
+        excess = self._pages["excess"][: len(self._pages)].astype(np.int64)
         left = (faults > 0) & ((state & _ZAPPED) != 0)
         # Memory of a file is held by its page cache; where nothing is known it may be a file's.
-        left &= (state & (_ANONYMOUS | _KNOWN)) != _KNOWN
-        left &= self._groups.of_vms(self._gone)[self._pages["group"][: len(self._pages)]]
+        left &= (state & (ANONYMOUS | KNOWN)) != KNOWN
+        left &= self._groups.of_vms(self._gone)[group]
         fits = left & (excess == faults)
-        bound = _LRU_PAGES * self._recording.facts.cpus
-        if fits.sum() <= bound or fits.sum() < _MOST * left.sum():
-            return None
-        at = np.flatnonzero(fits)
-        anonymous = (state[at] & _ANONYMOUS) != 0
+        bound = LRU_PAGES * self._recording.facts.cpus
+        old = 0
+        if fits.sum() <= bound or (fits | self._batched(left, faults)).sum() < _MOST * left.sum():
+            old = self._old(fits)
+            if old < _OLD_SOME:
+                return None
+        batched = self._batched(left, faults)
+        at = np.flatnonzero(fits | batched)
         several = (faults[at] > 1).sum() > bound
-        ended = self._recording.ended_by in _PROCESS_ENDED
-        sure = several or (ended and anonymous.mean() >= _MOST)
-        alike = self._groups.with_freed(self._pages["group"][at]).mean() >= _MOST
-        lost = self._recording.lost("PAGE_FREE", "SPTE")
-        verdict = "definite" if sure else "probable" if alike and ended else "inconclusive"
-        if lost >= len(at):
-            verdict = "inconclusive"
-        sample = at[np.argmax(faults[at])]
+        kept = KeptPages(
+            pages=len(at),
+            cpus=self._recording.facts.cpus,
+            batched=int(batched.sum()),
+            old=old,
+            anonymous=((state[at] & ANONYMOUS) != 0).mean() >= _MOST,
+            several=bool(several),
+            ended=self._recording.ended_by in _PROCESS_ENDED,
+            alike=self._groups.with_freed(group[at]).mean() >= _MOST,
+            lost=self._recording.lost("PAGE_FREE", "SPTE"),
+        )
+        # Of these KVM took no other reference than that of the prefetch.
+        prefetched = ((state[at] & _SEEN) == 0).mean() >= _MOST
+        semantics = self._recording.semantics
         return self._finding(
             at,
-            verdict,
-            f"{len(at):,} pages were let go but never freed, each held by as many references as "
-            "KVM took to it",
+            kept.verdict,
+            f"{len(at):,} {'prefetched ' if prefetched else ''}pages were let go but never freed, "
+            "each held by as many references as KVM took to it",
             _RULE_KEPT,
-            int(self._pages.frames(np.array([sample]))[0]),
+            # The evidence is of a page of which nothing is left to explain.
+            int(at[np.argmax(np.where(fits[at], faults[at], 0))]),
             int(faults[at].sum()),
-            (
-                Innocent(
-                    "per-cpu LRU batches hold the pages",
-                    f"no: they hold {bound:,} pages at most on {self._recording.facts.cpus} cpus",
-                ),
-                Innocent(
-                    "a file's page cache holds them",
-                    "no: the memory is anonymous"
-                    if anonymous.mean() >= _MOST
-                    else "no: pages with more faults are held more often"
-                    if sure
-                    else "unlikely: other pages of the same slots were held by nobody, and freed"
-                    if alike
-                    else "not ruled out: what stands behind the memory is not known",
-                ),
-                Innocent(
-                    "the process lives on with its memory, which is in the swap cache too",
-                    "no: it has ended"
-                    if ended
-                    else "no: pages with more faults are held more often"
-                    if several
-                    else "not ruled out: the recording ended first",
-                ),
-                Innocent(
-                    "their frees were lost",
-                    f"no: {lost:,} records of frees and zaps were lost"
-                    if lost < len(at)
-                    else f"not ruled out: {lost:,} records were lost",
-                ),
-            ),
-            {"let go": int(left.sum()), "anonymous": int(anonymous.sum())},
+            kept.innocent,
+            {"let go": int(left.sum()), "one more": kept.batched, "old": old},
+            semantics.prefetch_function if prefetched else semantics.put_function,
         )
+
+    def _batched(
+        self, left: npt.NDArray[np.bool_], faults: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell which pages have one reference more: the newest ones are in LRU batches too."""
+        excess = self._pages["excess"][: len(self._pages)].astype(np.int64)
+        batched = left & (excess == faults + _BATCHED)
+        # There is not room for more; and they alone would prove nothing.
+        room = LRU_PAGES * self._recording.facts.cpus
+        return batched if batched.sum() <= room else np.zeros(len(batched), np.bool_)
+
+    def _old(self, fits: npt.NDArray[np.bool_]) -> int:
+        """Count the pages that no LRU batch can hold any more, of those whose put has no record.
+
+        A cpu's batch is drained when it is full, so a page that was followed on its cpu by more
+        new pages than the batches have room for, all of them freed since, is in none.
+        """
+        pages = self._pages
+        if self._recording.semantics.put == "in fault":
+            fits = fits & ((pages["state"][: len(pages)] & _SEEN) == 0)
+        if fits.sum() < _OLD_SOME:
+            return 0
+        ts, cpu = pages["ts"][: len(pages)], pages["cpu"][: len(pages)]
+        freed = (pages["gets"][: len(pages)] == 0) & (ts > 0)
+        at = np.flatnonzero(fits | freed)
+        at = at[np.lexsort([ts[at], cpu[at]])]
+        after = np.cumsum(freed[at][::-1])[::-1]
+        # Off with those of the cpus that follow.
+        last = np.searchsorted(cpu[at], cpu[at], "right")
+        after = after - np.append(after, 0)[last]
+        return int((fits[at] & (after >= LRU_PAGES)).sum())
 
     def _finding(
         self,
@@ -316,14 +409,20 @@ class Growth:
         verdict: str,
         title: str,
         rule: str,
-        frame: int,
+        shown: int,
         count: int,
         innocent: Sequence[Innocent],
         detail: Mapping[str, Any],
+        function: str,
     ) -> Finding:
-        pfns, more = ranges_of(self._pages.frames(at))
+        pages = self._pages
+        pfns, more = ranges_of(pages.frames(at))
+        guest = pages["gfn"][at]
+        gfns, more_gfns = ranges_of(guest[guest < _GFN_MAX])
+        vm = self._groups.vms(pages["group"][[shown]])
+        frame = int(pages.frames(np.array([shown]))[0])
         told = list(innocent)
-        if self._pages.refused:
+        if pages.refused:
             told.append(
                 Innocent(f"only the first {PAGES_MAX:,} pages were watched", "so there may be more")
             )
@@ -334,77 +433,43 @@ class Growth:
             rule=rule,
             count=count,
             pages=len(at),
-            vms=self._groups.vms(self._pages["group"][at]),
+            vms=self._groups.vms(pages["group"][at]),
+            slots=self._groups.slots(pages["group"][at]),
+            gfns=gfns,
             pfns=pfns,
-            more=more,
+            more=more or more_gfns,
             first_ts=self._span[0],
             last_ts=self._span[1],
-            functions=(self._recording.semantics.put_function,),
+            where=where_of_gfn(self._recording, vm[0] if vm else 0, int(pages["gfn"][shown])),
+            functions=(function,),
             innocent=tuple(told),
             chain=Chain(records=(), pfns=(frame,), ts_from=self._span[0]),
             detail=dict(detail),
         )
 
 
-class _Anonymous:
-    """Which addresses of a VM's process are anonymous memory, and of which anything is known."""
+class _Since:
+    """Pages that were freed in a chunk, and when last."""
 
-    def __init__(self, recording: Recording) -> None:
-        self._known: dict[int, list[tuple[int, int, bool]]] = {}
-        for mapping in recording.mappings:
-            if mapping.path is not None:
-                ranges = self._known.setdefault(mapping.vm, [])
-                ranges.append((mapping.start, mapping.end, not mapping.path))
+    def __init__(self, at: npt.NDArray[np.int64], ts: npt.NDArray[Any]) -> None:
+        # Frees are in order of time, so that the last of a page comes first backwards.
+        self._at, first = np.unique(at[::-1], return_index=True)
+        self._ts = ts[::-1][first]
 
-    def state(self, vm: npt.NDArray[Any], hva: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        """Return _KNOWN and _ANONYMOUS for some addresses of VMs' processes."""
-        answer = np.zeros(len(vm), np.uint8)
-        for number, ranges in self._known.items():
-            mine = vm == number
-            # Later notes are newer; a VM has a handful of slots.
-            for start, end, anonymous in ranges[-256:]:
-                hit = mine & (hva >= start) & (hva < end)
-                answer[hit] = _KNOWN | (_ANONYMOUS if anonymous else 0)
-        return answer
+    def __call__(self, at: npt.NDArray[np.int64], ts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Tell which of some moments of pages are after their free."""
+        place = np.minimum(np.searchsorted(self._at, at), len(self._at) - 1)
+        return np.asarray((self._at[place] == at) & (ts > self._ts[place]), np.bool_)
 
 
-class _Groups:
-    """Slots of VMs by a small number, and how many pages of each were freed when let go."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-        self._keys: list[int] = [0]
-        self._freed = np.zeros(1 << 16, np.int64)
-
-    def of(self, vm: npt.NDArray[Any], slot: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-        """Return the number of the slot of each row; 0 if there are too many slots."""
-        every = vm.astype(np.int64) << 17 | (slot.astype(np.int64) + 1)
-        if len(every) and (every == every[0]).all():
-            keys, which = every[:1], np.zeros(len(every), np.int64)
-        else:
-            keys, which = np.unique(every, return_inverse=True)
-        numbers = []
-        for key in keys.tolist():
-            if key not in self._numbers and len(self._keys) < 1 << 16:
-                self._numbers[key] = len(self._keys)
-                self._keys.append(key)
-            numbers.append(self._numbers.get(key, 0))
-        return np.array(numbers, np.uint16)[which]
-
-    def freed(self, numbers: npt.NDArray[np.uint16]) -> None:
-        """Take pages that nobody held when KVM let them go, and that were freed."""
-        self._freed += np.bincount(numbers, minlength=len(self._freed))
-
-    def with_freed(self, numbers: npt.NDArray[np.uint16]) -> npt.NDArray[np.bool_]:
-        """Tell which slots had several such pages: they are no file's memory."""
-        return np.asarray((self._freed[numbers] >= _FREED_SOME) & (numbers > 0), np.bool_)
-
-    def of_vms(self, vms: Collection[int]) -> npt.NDArray[np.bool_]:
-        """Tell for each number whether its slot is of one of some VMs."""
-        answer = np.zeros(1 << 16, np.bool_)
-        answer[: len(self._keys)] = [key >> 17 in vms for key in self._keys]
-        return answer
-
-    def vms(self, numbers: npt.NDArray[np.uint16]) -> tuple[int, ...]:
-        """Return the VMs that some slots are of."""
-        return tuple(sorted({self._keys[n] >> 17 for n in np.unique(numbers).tolist() if n}))
+def _those(
+    rows: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64],
+    ts: npt.NDArray[Any],
+    since: _Since | None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the rows whose page is kept, and their pages; with `since` those after its free."""
+    kept = at >= 0
+    if since is not None:
+        kept &= since(at, ts[rows])
+    return rows[kept], at[kept]

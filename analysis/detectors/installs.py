@@ -32,7 +32,7 @@ from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.recording import Recording
 
-__all__ = ("GfnOutside", "InstallWithoutFaultIn", "misplaced")
+__all__ = ("NO_FAULTS", "GfnOutside", "InstallWithoutFaultIn", "misplaced")
 
 _INSTALL, _CHANGE = code("op", "install"), code("op", "change")
 _FAULT = code("cause", "fault")
@@ -47,6 +47,8 @@ _WAITING = ("ts", "cpu", "seq", "fault_ts", "tid", "vm", "gfn", "pfn")
 #: If more than this part of all installs is in no fault, it is the hook that misses them.
 _NOBODY_MAX = 0.1
 
+#: Why installs cannot be compared with anything.
+NO_FAULTS = "no fault was recorded: the hook of the fault handler never fired"
 #: What can be wrong with an install, and how the finding says it.
 _WRONG = {
     "nobody": "leaves were installed by nobody: in no fault, and not over a page table",
@@ -268,7 +270,7 @@ def _no_faults(recording: Recording) -> str:
     kinds = recording.info["kinds"]
     if kinds.get("FAULT") or not kinds.get("SPTE"):
         return ""
-    return "no fault was recorded: the hook of the fault handler never fired"
+    return NO_FAULTS
 
 
 def misplaced(join: FaultJoin) -> npt.NDArray[np.int64]:

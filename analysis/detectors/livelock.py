@@ -19,16 +19,17 @@ others are hosts at work, and told without blame. May import: `analysis`, numpy,
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.columns import Records
+from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import FRAMES, NEVER, vcpu_keys, where_of
 from analysis.detectors.unended import INVALIDATE_COLUMNS, Miscounted
-from analysis.findings import VERDICTS, Chain, Finding, Innocent
+from analysis.findings import VERDICTS, Chain, Finding, Innocent, ranges_of
 from analysis.recording import Recording
 
 __all__ = ("Livelock",)
@@ -53,7 +54,7 @@ class _Run:
     vm: int
     vcpu: int
     page: int
-    row: dict[str, object]
+    row: dict[str, Any]
     key: tuple[str, int, int, int]
     last_key: tuple[str, int, int, int]
     first_ts: int
@@ -65,6 +66,10 @@ class _Run:
     #: rounds thrown away with bit 31 of the sequence set, though it stood still
     signed: int = 0
     ended: bool = False
+    #: rounds since the VM's newest INVALIDATE record, if that is an end that left a count too high,
+    #: and that record
+    after: int = 0
+    since: tuple[str, int, int, int] | None = None
     #: of a run that did not end: how many invalidations ended last and left a count too high
     miscounted: int = 0
 
@@ -91,6 +96,7 @@ class Livelock:
             *("invalidate_seq", "in_progress", "prefetch"),
         ),
         "INVALIDATE": INVALIDATE_COLUMNS,
+        "VM": ("vm", "op"),
     }
     wants_lives = False
     joins_faults = False
@@ -100,6 +106,7 @@ class Livelock:
         self._done: list[_Run] = []
         self._end = 0
         self._counts = Miscounted()
+        self._gone: set[int] = set()
 
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
@@ -116,6 +123,8 @@ class Livelock:
         """Take the next span of time."""
         faults = chunk["FAULT"]
         self._counts.feed(chunk["INVALIDATE"])
+        vms = chunk["VM"]
+        self._gone |= set(vms["vm"][vms["op"] == code("op", "delete")].tolist())
         self._end = max(self._end, chunk.ts_to)
         again = (faults["ret"] == self._retry) & (faults["sptes"] == 0) & ~faults["prefetch"]
         if not again.any() and not self._running:
@@ -191,6 +200,11 @@ class Livelock:
             run.signed, run.seq = run.signed + len(signed), int(faults["mmu_seq"][signed[-1]])
         for name, told in stories.items():
             run.kinds[name] += int(told[rows].sum())
+        newest = self._counts.newest.get(vm)
+        if newest != run.since:
+            run.since, run.after = newest, 0
+        if newest is not None:
+            run.after += int((stories["unpaired"][rows] & (faults["ts"][rows] > newest[1])).sum())
 
     def _close(self, run: _Run) -> None:
         run.ended = True
@@ -209,10 +223,21 @@ class Livelock:
         return [self._finding(verdict, kind, group) for (_, kind, verdict), group in groups.items()]
 
     def _miscounted(self, run: _Run) -> int:
+        """Return how many ends left a count that is wrong, 0 if it may be right."""
         if run.ended or run.kinds["unpaired"] < ROUNDS or self._recording.lost("INVALIDATE"):
             return 0
         ends = self._counts.ends.get(run.vm, 0)
-        return ends if ends >= ENDS else 0
+        newest = self._counts.newest.get(run.vm)
+        # Nothing was begun any more until the VM was gone, so that the ends cross no start.
+        final = run.after >= ROUNDS and newest == run.since and run.vm in self._gone
+        return ends if final or ends >= ENDS else 0
+
+    def _records(self, run: _Run) -> tuple[tuple[str, int, int, int], ...]:
+        """Return the records that tell a run's story: both ends, and what was never counted off."""
+        begun = self._counts.begun.get(run.vm)
+        if not run.miscounted or run.since is None or begun is None:
+            return run.key, run.last_key
+        return begun, run.since, run.key, run.last_key
 
     def _verdict(self, run: _Run) -> str:
         long = run.last_ts - run.first_ts >= STUCK_NS
@@ -231,7 +256,7 @@ class Livelock:
         worst = max(runs, key=lambda run: run.rounds)
         rounds = sum(run.rounds for run in runs)
         seconds = (worst.last_ts - worst.first_ts) / 1e9
-        gfn, hva = int(worst.row.get("gfn") or 0), int(worst.row.get("hva") or 0)  # type: ignore[call-overload]
+        hva = int(worst.row.get("hva") or 0)
         slot = worst.row.get("slot")
         return Finding(
             detector=self.name,
@@ -241,19 +266,20 @@ class Livelock:
             rule=self.rule,
             count=rounds,
             vms=(worst.vm,),
-            slots=(int(slot),) if slot is not None else (),  # type: ignore[call-overload]
+            slots=(int(slot),) if slot is not None else (),
             # A wrong count is the VM's: where its vCPUs got stuck is only in the evidence.
-            gfns=() if worst.miscounted else ((gfn, gfn),),
+            gfns=() if worst.miscounted else ranges_of(_gfn(run) for run in runs)[0],
             first_ts=min(run.first_ts for run in runs),
             last_ts=max(run.last_ts for run in runs),
             where=where_of(self._recording, worst.vm, hva),
-            functions=_FUNCTIONS[kind],
+            functions=("kvm_mmu_invalidate_end",) if worst.miscounted else _FUNCTIONS[kind],
             innocent=tuple(_innocent(kind, worst)),
-            chain=Chain(records=(worst.key, worst.last_key), faults=_fault(worst)),
+            chain=Chain(records=self._records(worst), faults=_fault(worst)),
             detail={
                 "story": kind,
                 "rounds": {name: count for name, count in worst.kinds.items() if count},
                 "mmu_seq": worst.seq,
+                "signed": worst.signed >= ROUNDS,
                 "runs": len(runs),
                 "ended": worst.ended,
             },
@@ -270,9 +296,13 @@ _FUNCTIONS = {
 }
 
 
+def _gfn(run: _Run) -> int:
+    return int(run.row.get("gfn") or 0)
+
+
 def _fault(run: _Run) -> tuple[tuple[int, int], ...]:
     fault_ts, tid = run.row.get("fault_ts"), run.row.get("tid")
-    return ((int(fault_ts), int(tid or 0)),) if fault_ts is not None else ()  # type: ignore[call-overload]
+    return ((int(fault_ts), int(tid or 0)),) if fault_ts is not None else ()
 
 
 def _title(kind: str, run: _Run) -> str:
@@ -284,7 +314,9 @@ def _title(kind: str, run: _Run) -> str:
         )
     return {
         "comparison": "KVM throws its page away although nothing was invalidated",
-        "unpaired": "an invalidation is in progress "
+        "unpaired": "KVM counts an invalidation as in progress though each has ended"
+        if run.miscounted
+        else "an invalidation is in progress "
         + ("for as long as that" if run.ended else "and does not end"),
         "storm": "every fault is overtaken by an invalidation (NUMA balancing, KSM, migration)",
         "slot": "its memslot is being changed",
@@ -327,9 +359,17 @@ def _innocent(kind: str, run: _Run) -> list[Innocent]:
                 Innocent(
                     "a long invalidation is still at work",
                     "no: by the records each has ended, but the last "
-                    f"{run.miscounted:,} ends left a higher count",
+                    + (
+                        f"{run.miscounted:,} ends left a higher count"
+                        if run.miscounted > 1
+                        else "end left a higher count"
+                    ),
                 ),
                 Innocent("the record of a start was lost", "no: none of that kind was"),
+                Innocent(
+                    "KVM itself zaps a range, which has no record (kvm_zap_gfn_range())",
+                    f"unlikely for {seconds:.3f} s and {run.kinds['unpaired']:,} rounds",
+                ),
             ]
         return [
             Innocent(

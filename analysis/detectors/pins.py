@@ -21,8 +21,13 @@ __all__ = ("Pins",)
 
 #: (vm, vcpu, gfn, pfn): what kvm_vcpu_map() and kvm_vcpu_unmap() agree on.
 _Key = tuple[int, int, int, int]
+#: When it was (ns), and the records of the map and the free: (kind, ts, cpu, seq).
+_Free = tuple[int, tuple[str, int, int, int], tuple[str, int, int, int]]
 #: Maps that are open at once; a nested guest needs about five a vCPU.
 _OPEN_MAX = 1 << 20
+#: A free so near to the end or the beginning of a map may have come after or before it: clocks of
+#: CPUs that were not synchronised differ by so much. ns
+_APART_NS = 20_000
 #: Pfn caches that are followed; a vCPU has a few.
 _CACHES_MAX = 1 << 16
 #: Refreshes of one cache from which on its growth is told.
@@ -63,6 +68,8 @@ class Pins:
         self._leaked = Occurrences()
         self._uncounted = Occurrences()
         self._freed = Occurrences()
+        #: frees of pages that were mapped, until their map has ended: (when, map, free)
+        self._frees_seen: dict[_Key, list[_Free]] = {}
         #: (vm, gfn, pfn) of a pfn cache -> its count at the first and the newest refresh, how many
         #: there were, the first record.
         self._caches: dict[tuple[int, int, int], list[Any]] = {}
@@ -127,12 +134,14 @@ class Pins:
                 self._open.setdefault(key, []).append(pins.key(at))
         elif self._open.get(key):
             self._open[key].pop()
+            self._tell_frees(key, pins.key(at))
             if not self._open[key]:
                 del self._open[key]
 
     def _forget(self, vm: int) -> None:
         """A VM is gone: what it still maps is mapped for ever."""
         for key in [key for key in self._open if key[0] == vm]:
+            self._tell_frees(key)
             for name in self._open.pop(key):
                 self._leaked.add_plain(vm=vm, gfn=key[2], pfn=key[3], keys=[name])
 
@@ -150,11 +159,20 @@ class Pins:
         first, order = int(frees["pfn"][at]), min(int(frees["order"][at]), 40)
         for key, keys in self._open.items():
             if first <= key[3] < first + (1 << order):
-                chain = [keys[-1], frees.key(at)]
-                self._freed.add_plain(vm=key[0], gfn=key[2], pfn=key[3], keys=chain)
+                opened, freed = keys[-1], frees.key(at)
+                if _apart(opened, freed):
+                    self._frees_seen.setdefault(key, []).append((freed[1], opened, freed))
+
+    def _tell_frees(self, key: _Key, end: tuple[str, int, int, int] | None = None) -> None:
+        """Count the frees within a map that has ended, by which record, or has not."""
+        for _, opened, freed in self._frees_seen.pop(key, ()):
+            if end is None or _apart(freed, end):
+                self._freed.add_plain(vm=key[0], gfn=key[2], pfn=key[3], keys=[opened, freed])
 
     def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
         """Return what was found."""
+        for key in list(self._frees_seen):
+            self._tell_frees(key)
         found = []
         if self._leaked:
             found.append(self._leak())
@@ -227,3 +245,8 @@ class Pins:
             functions=("kvm_vcpu_map",),
             innocent=(Innocent("the host's administrator allowed it", told),),
         )
+
+
+def _apart(first: tuple[str, int, int, int], then: tuple[str, int, int, int]) -> bool:
+    """Tell whether a record, (kind, ts, cpu, seq), surely came before another."""
+    return first[2] == then[2] or then[1] - first[1] >= _APART_NS

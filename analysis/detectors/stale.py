@@ -179,7 +179,8 @@ class StaleInstall:
             self,
             self._recording,
             verdict,
-            f"{plural(seen.count, 'fault')} mapped a page that an invalidation had made stale",
+            f"{plural(seen.count, 'fault')} mapped a page that an invalidation had made stale"
+            + _sequences(seen.first),
             functions=("is_page_fault_stale", "mmu_invalidate_retry_gfn"),
             innocent=(
                 Innocent(
@@ -197,3 +198,11 @@ class StaleInstall:
                 ),
             ),
         )
+
+
+def _sequences(first: Mapping[str, Any]) -> str:
+    """Return what the first fault says: the sequence that it took, and the one that it ended at."""
+    taken, left = first.get("mmu_seq"), first.get("invalidate_seq")
+    if taken is None or left is None or taken == left:
+        return ""
+    return f": the first took mmu_invalidate_seq {taken:#x} and ended at {left:#x}"

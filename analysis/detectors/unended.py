@@ -2,7 +2,9 @@
 
 The count is taken down under mmu_lock before the record of an end is written. So where nothing is
 in progress by the records and was nothing by the count either, an end that still counts something
-can be the fault of two that cross; several in a row are not.
+can be the fault of two that cross: the start of the other was counted, and its record comes when it
+returns. Several such ends in a row are none, nor is one that no start follows while the VM lives:
+mmu_notifier_unregister() waits for all that are at work (mm/mmu_notifier.c).
 May import: `analysis`, numpy.
 """
 
@@ -17,6 +19,8 @@ __all__ = ("INVALIDATE_COLUMNS", "Miscounted")
 
 INVALIDATE_COLUMNS = ("op", "vm", "in_progress")
 _START = code("op", "start")
+#: (kind, ts, cpu, seq): what names a record.
+_Key = tuple[str, int, int, int]
 
 
 class Miscounted:
@@ -27,14 +31,24 @@ class Miscounted:
         self._rested: set[int] = set()
         #: VM -> ends in a row, the newest ones, that left a higher count than the records do
         self.ends: dict[int, int] = {}
+        #: VM -> its newest record, if that is such an end, and its newest start
+        self.newest: dict[int, _Key] = {}
+        self.begun: dict[int, _Key] = {}
 
     def feed(self, records: Records) -> None:
         """Take the next INVALIDATE records."""
         for vm in np.unique(records["vm"]).tolist():
-            mine = records["vm"] == vm
-            self._feed(vm, records["op"][mine] == _START, records["in_progress"][mine])
+            mine = np.flatnonzero(records["vm"] == vm)
+            start = records["op"][mine] == _START
+            wrong = self._feed(vm, start, records["in_progress"][mine])
+            if start.any():
+                self.begun[vm] = records.key(int(mine[start][-1]))
+            self.newest.pop(vm, None)
+            if wrong:
+                self.newest[vm] = records.key(int(mine[-1]))
 
-    def _feed(self, vm: int, start: npt.NDArray[np.bool_], counted: npt.NDArray[Any]) -> None:
+    def _feed(self, vm: int, start: npt.NDArray[np.bool_], counted: npt.NDArray[Any]) -> bool:
+        """Take the next ones of a VM; tell whether the last is an end that counts too many."""
         before = self._open.get(vm, 0)
         opened = before + np.cumsum(np.where(start, 1, -1))
         # One that was begun before the recording ends here too.
@@ -43,9 +57,11 @@ class Miscounted:
         rested = np.maximum.accumulate(counted == 0) | (vm in self._rested)
         if rested[-1]:
             self._rested.add(vm)
-        wrong = (rested & (counted.astype(np.int64) > opened))[~start]
+        every = rested & (counted.astype(np.int64) > opened) & ~start
+        wrong = every[~start]
         right = np.flatnonzero(~wrong)
         if len(right):
             self.ends[vm] = len(wrong) - 1 - int(right[-1])
         else:
             self.ends[vm] = self.ends.get(vm, 0) + len(wrong)
+        return bool(every[-1])

@@ -23,7 +23,7 @@ from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.framelog import Spaces
 from analysis.recording import Recording
-from analysis.slotmap import SLOT_COLUMNS, SlotMap
+from analysis.slotmap import GUEST_MEMFD, SLOT_COLUMNS, SlotMap
 from probes.wire import PAGE_BITS
 
 __all__ = ("WritableOverReadOnly",)
@@ -39,6 +39,7 @@ _ZERO = PAGE_BITS["zero"]
 _TITLES = {
     "fault": "leaves are writable though fault-in said that the host's mapping is read-only",
     "vma": "leaves are writable though the PFNMAP mapping behind them is read-only",
+    "note": "leaves are writable though the host's mapping behind them is read-only",
     "slot": "leaves are writable in a read-only memslot",
     "zero": "the host's zero page is mapped writable: the guest can write to what all processes "
     "share",
@@ -50,6 +51,7 @@ _ALONE = ("zero", "bits", "gained")
 _FUNCTIONS = {
     "fault": ("hva_to_pfn", "make_spte"),
     "vma": ("hva_to_pfn_remapped", "make_spte"),
+    "note": ("hva_to_pfn", "make_spte"),
     "slot": ("__gfn_to_hva_memslot", "make_spte"),
     "zero": ("hva_to_pfn", "make_spte"),
     "bits": ("make_spte", "fast_page_fault"),
@@ -81,10 +83,14 @@ class WritableOverReadOnly:
         self._slots = SlotMap(Spaces())
         self._found = {what: Occurrences() for what in _TITLES}
         self._where = ""
+        #: what -> (gfn, SPTE) of the first leaf
+        self._leaf: dict[str, tuple[int, int]] = {}
 
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
         self._recording = recording
+        # Without that hook nobody knows how long a note is good.
+        self._noted = recording.read_only if "invalidate_start" in recording.hooks else ()
         self._host = np.uint64(recording.mask("shadow_host_writable_mask"))
         self._mmu = np.uint64(recording.mask("shadow_mmu_writable_mask"))
         return "" if self._host else "shadow_host_writable_mask of this kernel is not known"
@@ -108,7 +114,13 @@ class WritableOverReadOnly:
         gained = host & (sptes["op"] == _CHANGE) & (sptes["cause"] != _FAULT)
         gained &= (sptes["old"] & self._host) == 0
         for what, which in (("bits", wrong), ("zero", zero), ("gained", gained)):
-            self._found[what].add(sptes, np.flatnonzero(which & present), faults=True)
+            at = np.flatnonzero(which & present)
+            self._found[what].add(sptes, at, faults=True)
+            self._remember(what, sptes, at)
+
+    def _remember(self, what: str, sptes: Any, at: npt.NDArray[np.int64]) -> None:
+        if len(at):
+            self._leaf.setdefault(what, (int(sptes["gfn"][at[0]]), int(sptes["new"][at[0]])))
 
     def _joined(self, join: FaultJoin) -> None:
         """Compare leaves with what the fault said of the host's mapping."""
@@ -124,6 +136,26 @@ class WritableOverReadOnly:
         mapped = (flags != 0) & ((flags & _VM_WRITE) == 0) & ((new & _WRITABLE) != 0)
         self._add("fault", join, at[wrong])
         self._add("vma", join, at[mapped & ~wrong])
+        if self._noted:
+            rest = at[~mapped & ~wrong & known & ((new & _WRITABLE) != 0)]
+            self._add("note", join, rest[self._read_only_by_note(faults, sptes.fault[rest])])
+
+    def _read_only_by_note(
+        self, faults: Records, at: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell which faults are of memory that a note calls read-only."""
+        answer = np.zeros(len(at), np.bool_)
+        vm, hva, gfn, ts = (faults[name][at] for name in ("vm", "hva", "gfn", "ts"))
+        for one in self._noted:
+            inside = (vm == one.vm) & (hva >= np.uint64(one.start)) & (hva < np.uint64(one.end))
+            answer |= inside & (ts > np.uint64(one.since)) & (ts < np.uint64(one.until))
+        for number in {one.vm for one in self._noted}:
+            for slot in self._slots.covering(number):
+                if slot.flags & GUEST_MEMFD:
+                    # What the process maps there is not what the guest gets.
+                    private = (gfn >= np.uint64(slot.gfn)) & (gfn < slot.gfn + slot.pages)
+                    answer &= ~(private & (vm == number))
+        return answer
 
     def _add(self, what: str, join: FaultJoin, at: npt.NDArray[np.int64]) -> None:
         if len(at):
@@ -131,6 +163,7 @@ class WritableOverReadOnly:
                 join.records, join.sptes.fault[at], pfns=join.sptes["pfn"][at], faults=True,
                 more=(join.sptes.key(int(at[0])),),
             )  # fmt: skip
+            self._remember(what, join.sptes, at)
 
     def _read_only(self, sptes: Records) -> None:
         writable = (sptes["op"] != _ZAP) & ((sptes["new"] & _WRITABLE) != 0)
@@ -142,6 +175,7 @@ class WritableOverReadOnly:
             if len(at):
                 self._where = where_of(self._recording, slot.vm, slot.hva)
                 self._found["slot"].add(sptes, at, faults=True, more=(slot.key,))
+                self._remember("slot", sptes, at)
 
     def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
         """Return what was found."""
@@ -167,11 +201,22 @@ class WritableOverReadOnly:
                     "no: that is an invalidation, after which the fault must retry",
                 )
             )
+        unsure = self._recording.lost("INVALIDATE") if what == "note" else 0
+        if what == "note":
+            explanations.append(
+                Innocent(
+                    "the mapping was made writable after the recorder had read /proc/PID/smaps",
+                    f"not ruled out: {unsure:,} INVALIDATE records were lost"
+                    if unsure
+                    else "no: mprotect() and mmap() invalidate it first, and none did",
+                )
+            )
+        sure = "probable" if what == "note" else "definite"
         return found.finding(
             self,
             self._recording,
-            "inconclusive" if lost else "definite",
-            _TITLES[what],
+            "inconclusive" if lost or unsure else sure,
+            f"{_TITLES[what]}; first gfn {self._leaf[what][0]:#x} by SPTE {self._leaf[what][1]:#x}",
             functions=_FUNCTIONS[what],
             innocent=explanations,
             detail=self._words(found.first),

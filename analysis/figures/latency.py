@@ -36,8 +36,11 @@ def latency_data(stages: Sequence[StageRow]) -> LatencyData:
 def draw(data: LatencyData, context: style.Context) -> Figure:
     """Draw a line for each stage: from the median to 90 %, thin to 99 %, a mark at the longest."""
     rows = data.rows
+    title = "How long faults take, by path and stage"
+    if not rows:
+        return style.empty_figure(title, "there were no faults", context)
     height = 1.7 + 0.23 * len(rows) + 0.12 * len({row.path for row in rows})
-    figure = style.new_figure("How long faults take, by path and stage", max(2.6, height), context)
+    figure = style.new_figure(title, max(2.6, height), context)
     axes = figure.subplots()
     at, y, last = [], 0.0, ""
     for row in rows:
@@ -50,19 +53,16 @@ def draw(data: LatencyData, context: style.Context) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("time, logarithmic")
-    if rows:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(10, numticks=20))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: duration(round(ns), 1)))
-        axes.set_xlim(left=max(1, min(max(row.times.p50 or 1, 1) for row in rows)) / 6)
-        axes.plot([], [], "o", color=_OTHER, markersize=5, label="median")
-        axes.plot([], [], color=_OTHER, linewidth=5, label="to 90 %")
-        axes.plot([], [], color=_OTHER, linewidth=1.6, label="to 99 %")
-        axes.plot([], [], "|", color=_OTHER, markersize=7, label="longest")
-        style.legend(axes, 4)
-    else:
-        axes.text(0.5, 0.5, "no faults", transform=axes.transAxes, ha="center")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, numticks=20))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: duration(round(ns), 1)))
+    axes.set_xlim(left=max(1, min(max(row.times.p50 or 1, 1) for row in rows)) / 6)
+    axes.plot([], [], "o", color=_OTHER, markersize=5, label="median")
+    axes.plot([], [], color=_OTHER, linewidth=5, label="to 90 %")
+    axes.plot([], [], color=_OTHER, linewidth=1.6, label="to 99 %")
+    axes.plot([], [], "|", color=_OTHER, markersize=7, label="longest")
+    style.legend(axes, 4)
     style.foot(
         figure,
         context,

@@ -105,7 +105,11 @@ def _ticks(edges: npt.NDArray[np.float64]) -> list[float]:
 
 def draw(data: LifetimesData, context: style.Context) -> Figure:
     """Draw bars, stacked by level and class; what was seen in part stands hatched on top."""
-    figure = style.new_figure("How long mappings live", 4.2, context)
+    partial = int(data.open_ended.sum())
+    title = "How long mappings live"
+    if not data.groups and not partial:
+        return style.empty_figure(title, "nothing was mapped", context)
+    figure = style.new_figure(title, 4.2, context)
     axes = figure.subplots()
     width = np.diff(data.edges)
     floor = np.zeros(len(width), np.int64)
@@ -116,7 +120,6 @@ def draw(data: LifetimesData, context: style.Context) -> Figure:
             linewidth=0.4, hatch=style.LEVEL_HATCHES.get(group.level, ""), label=_label(group),
         )  # fmt: skip
         floor = floor + group.lives
-    partial = int(data.open_ended.sum())
     if partial:
         axes.bar(
             data.edges[:-1], data.open_ended, width, floor, align="edge", hatch="\\\\\\",
@@ -132,8 +135,6 @@ def draw(data: LifetimesData, context: style.Context) -> Figure:
     style.count_axis(axes, "mappings, ten bars a decade")
     axes.set_ylim(0, 1.06 * max(1, int((floor + data.open_ended).max())))
     style.legend(axes, 2)
-    if not data.groups and not partial:
-        axes.text(0.5, 0.5, "nothing was mapped", transform=axes.transAxes, ha="center")
     notes = []
     if partial:
         notes.append(

@@ -136,7 +136,10 @@ def _unit(pages: int) -> tuple[str, float]:
 
 def draw(data: MappedData, context: style.Context) -> Figure:
     """Draw live leaves above, mapped memory below, stacked by level and class."""
-    figure = style.new_figure("What is mapped, through time", 5.6, context)
+    title = "What is mapped, through time"
+    if not data.series:
+        return style.empty_figure(title, "nothing was mapped", context)
+    figure = style.new_figure(title, 5.6, context)
     unit, pages_scale = _unit(data.peak_pages)
     above, below = figure.subplots(2, 1, sharex=True)
     x = [context.seconds(int(ts)) for ts in data.moments]
@@ -159,8 +162,6 @@ def draw(data: MappedData, context: style.Context) -> Figure:
     below.set_ylim(bottom=0)
     style.seconds_axis(below)
     style.legend(above, 4)
-    if not data.series:
-        above.text(0.5, 0.5, "nothing was mapped", transform=above.transAxes, ha="center")
     notes = []
     if data.sampled:
         apart = duration(int(data.moments[1]) - int(data.moments[0]))

@@ -18,7 +18,14 @@ from analysis.lifecolumns import LifeColumns
 from analysis.pagehistory import HAPPENINGS, PageHistory
 from analysis.pages import PAGE_CLASSES
 
-__all__ = ("RefcountData", "draw", "interesting_page", "refcount_data")
+__all__ = (
+    "RefcountData",
+    "draw",
+    "draw_nothing",
+    "interesting_page",
+    "refcount_data",
+    "uncounted",
+)
 
 #: With more records than this there is no second panel, that gives each one its place.
 STEPS_MAX = 60
@@ -54,7 +61,8 @@ _NAMES = {
 class RefcountData:
     """What is known of one page: `mappings` of it, at `gfns` (the first few of `frames`).
 
-    `spans` are when it was mapped at all, ns.
+    `spans` are when it was mapped at all, ns. `recording` is which one of a merged trace this is,
+    and `others` how many more have records of a page of that number.
     """
 
     history: PageHistory
@@ -63,6 +71,14 @@ class RefcountData:
     frames: int
     mappings: int
     why: str
+    recording: str = ""
+    others: int = 0
+
+
+def uncounted(lives: LifeColumns) -> npt.NDArray[np.bool_]:
+    """Tell which lives map pages that nobody counts."""
+    classes = [PAGE_CLASSES.index(name) for name in ("uncounted", "no struct page")]
+    return np.isin(lives.page_class, classes)
 
 
 def interesting_page(lives: LifeColumns) -> tuple[int, str] | None:
@@ -73,13 +89,12 @@ def interesting_page(lives: LifeColumns) -> tuple[int, str] | None:
     """
     if not len(lives):
         return None
-    classes = [PAGE_CLASSES.index(name) for name in ("uncounted", "no struct page")]
-    uncounted = np.isin(lives.page_class, classes)
-    chosen = lives.pfn[uncounted] if uncounted.any() else lives.pfn
+    nobodys = uncounted(lives)
+    chosen = lives.pfn[nobodys] if nobodys.any() else lives.pfn
     pages, counts = np.unique(chosen, return_counts=True)
     at = int(np.argmax(counts))
     often = "once" if counts[at] == 1 else f"{int(counts[at]):,} times"
-    what = "nobody counts it" if uncounted.any() else "no page was mapped more often"
+    what = "nobody counts it" if nobodys.any() else "no page was mapped more often"
     return int(pages[at]), f"chosen because {what} (mapped {often})"
 
 
@@ -106,10 +121,18 @@ def _spans(lives: LifeColumns, context: style.Context) -> Iterator[tuple[int, in
         yield int(birth[at]), int(death[after - 1])
 
 
+def draw_nothing(context: style.Context) -> Figure:
+    """Draw that there is no page to show."""
+    return style.empty_figure("Reference count of a page", "nothing was mapped", context)
+
+
 def draw(data: RefcountData, context: style.Context) -> Figure:
     """Draw the count through time; below, if they are few, one record after the other."""
     history = data.history
-    steps = 0 < len(history) <= STEPS_MAX
+    if not len(history):
+        title = f"Reference count of pfn {history.pfn:#x}"
+        return style.empty_figure(title, "no record tells of this page", context)
+    steps = len(history) <= STEPS_MAX
     title = f"Reference count of pfn {history.pfn:#x}"
     figure = style.new_figure(title, 6.4 if steps else 4.2, context)
     axes = figure.subplots(2 if steps else 1, 1, squeeze=False)[:, 0]
@@ -117,10 +140,6 @@ def draw(data: RefcountData, context: style.Context) -> Figure:
     _draw_through_time(axes[0], data, seconds, context)
     if steps:
         _draw_steps(axes[1], data, seconds)
-    if not len(history):
-        axes[0].text(
-            0.5, 0.5, "no record tells of this page", transform=axes[0].transAxes, ha="center"
-        )
     style.foot(figure, context, *_notes(data))
     return figure
 
@@ -139,9 +158,8 @@ def _draw_through_time(
     axes.set_title(_where(data))
     style.seconds_axis(axes)
     _count_axis(axes, history)
-    if len(x):
-        margin = 0.03 * (x[-1] - x[0]) or 1e-6
-        axes.set_xlim(x[0] - margin, x[-1] + margin)
+    margin = 0.03 * (x[-1] - x[0]) or 1e-6
+    axes.set_xlim(x[0] - margin, x[-1] + margin)
     style.legend(axes, 4)
 
 
@@ -226,6 +244,15 @@ def _notes(data: RefcountData) -> list[str]:
     ]
     if data.why:
         notes.insert(0, f"This page was {data.why}; --pfn chooses another.")
+    if data.recording:
+        rest = ""
+        if data.others:
+            have = "recording has" if data.others == 1 else "recordings have"
+            rest = (
+                f"; {data.others:,} other {have} records of that frame too, which on another host "
+                "or after another boot is another page"
+            )
+        notes.insert(0, f"This is the {data.recording}{rest}.")
     if bool(history.other.any()):
         notes.append(
             f"{int(history.other.sum()):,} records are of other pages of the same compound page, "

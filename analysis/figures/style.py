@@ -34,8 +34,10 @@ __all__ = (
     "MUTED",
     "WIDE",
     "Context",
+    "Figure",
     "as_svg",
     "count_axis",
+    "empty_figure",
     "foot",
     "hex_axis",
     "kind_name",
@@ -68,7 +70,7 @@ LEVEL_HATCHES = {1: "", 2: "///", 3: "xxx"}
 
 _DPI = 150
 #: Characters of a line of the foot, and of the line below the title, in an inch.
-_FOOT_COLUMNS, _SOURCE_COLUMNS = 18.5, 16.0
+_FOOT_COLUMNS, _SOURCE_COLUMNS = 17.5, 16.0
 #: Inches that a figure needs to be as its module made it; a narrower one has a narrower legend.
 WIDE = 8.0
 _RC: dict[Any, Any] = {
@@ -145,6 +147,16 @@ def new_figure(title: str, height: float, context: Context) -> Figure:
     return figure
 
 
+def empty_figure(title: str, why: str, context: Context) -> Figure:
+    """Return a figure that says that there is nothing to draw: no axes that would mean nothing."""
+    figure = new_figure(title, 2.2, context)
+    # Without axes there is nothing to lay out.
+    figure.set_layout_engine("none")
+    figure.text(0.5, 0.45, f"nothing to draw: {why}", ha="center", va="center", size=10)
+    foot(figure, context)
+    return figure
+
+
 def foot(figure: Figure, context: Context, *notes: str) -> None:
     """Write notes below a figure, what is lost before all others; to be called last."""
     lines = [
@@ -174,7 +186,7 @@ def legend(axes: Axes, columns: int = 3, handles: Sequence[Artist] = ()) -> None
     if not shown or figure is None:
         return
     columns = max(1, int(columns * float(figure.get_size_inches()[0]) / WIDE))
-    above = axes.transAxes + ScaledTranslation(0, 17 / 72, figure.dpi_scale_trans)
+    above = axes.transAxes + ScaledTranslation(0, 22 / 72, figure.dpi_scale_trans)
     axes.legend(
         handles=shown, loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=above,
         borderaxespad=0, borderpad=0, ncols=columns, columnspacing=1.6, handlelength=1.6,
@@ -210,8 +222,9 @@ def hex_axis(axes: Axes, first: int, last: int, ticks: int) -> None:
     while (last - first) // step >= ticks:
         step *= 2
     low = -(-first // step) * step
-    # Half a frame beyond both ends, or what a float can tell apart up there.
-    room = max(0.5, last * 2.0**-48)
+    # Beyond both ends half a frame, of many frames as much as shows a line at the end whole, or
+    # what a float can tell apart up there.
+    room = max(0.5, 0.012 * (last - first), last * 2.0**-48)
     axes.set_ylim(first - room, last + room)
     axes.yaxis.set_major_locator(FixedLocator(list(range(low, last + 1, step))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{int(value):#x}"))

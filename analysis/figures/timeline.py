@@ -54,7 +54,7 @@ class Panel:
 class TimelineData:
     """The panels, in the order of VM and guest frame; times are ns.
 
-    `left_out` is how many lives are in none of them.
+    `left_out` is how many lives are in none of them, `chosen` whether guest frames were.
     """
 
     panels: tuple[Panel, ...]
@@ -62,6 +62,7 @@ class TimelineData:
     end: int
     left_out: int
     parts: int
+    chosen: bool = False
 
 
 def timeline_data(
@@ -87,7 +88,7 @@ def timeline_data(
     chosen = np.lexsort((-sizes, ~telling))[:PANELS_MAX] if count else np.zeros(0, np.int64)
     panels = [_panel(lives.where(part == number), gfns, begin, end) for number in np.sort(chosen)]
     left_out = len(lives) - sum(len(panel.lives) for panel in panels)
-    return TimelineData(tuple(panels), begin, end, left_out, count)
+    return TimelineData(tuple(panels), begin, end, left_out, count, gfns is not None)
 
 
 def _uncounted(lives: LifeColumns) -> npt.NDArray[np.float64]:
@@ -126,19 +127,21 @@ def _panel(lives: LifeColumns, gfns: tuple[int, int] | None, begin: int, end: in
 
 def draw(data: TimelineData, context: style.Context) -> Figure:
     """Draw a panel for each part of guest memory, guest frames upwards, time to the right."""
-    tall = [_height(panel) for panel in data.panels] or [2.0]
+    title = "Guest frames mapped, by class of the page"
+    if not data.panels:
+        where = " in these guest frames" if data.chosen else ""
+        return style.empty_figure(title, f"nothing was mapped{where}", context)
+    tall = [_height(panel) for panel in data.panels]
     height = 1.2 + sum(tall) + 0.3 * len(tall)
-    figure = style.new_figure("Guest frames mapped, by class of the page", height, context)
+    figure = style.new_figure(title, height, context)
     every = figure.subplots(len(tall), 1, sharex=True, squeeze=False, height_ratios=tall)[:, 0]
-    for axes, panel in zip(every, data.panels, strict=False):
+    for axes, panel in zip(every, data.panels, strict=True):
         _draw_panel(axes, panel, data, context)
     left, right = context.seconds(data.begin), context.seconds(data.end)
     every[0].set_xlim(left - 0.015 * (right - left), right + 0.015 * (right - left))
     style.seconds_axis(every[-1])
     shown = {int(c) for panel in data.panels for c in np.unique(panel.lives.page_class)}
     _legend(every[0], sorted(shown))
-    if not data.panels:
-        every[0].text(0.5, 0.5, "nothing was mapped", transform=every[0].transAxes, ha="center")
     style.foot(figure, context, *_notes(data))
     return figure
 

@@ -5,10 +5,16 @@
 Every measurement runs in a process of its own and on one thread, and counts its own CPU time from
 columns in memory to the result, since other work on the machine must not show. DuckDB has the
 columns in a table of its own and gives back two sums, not rows. The best round counts.
+
+    pairing alone           which records belong together, in arrays: what DuckDB does
+    lives, 7 columns        a table of these; `LifeBuilder(context, columns)` makes no others
+    lives, all columns      the whole table of docs/TABLES.md, all records at once
+    the same, in chunks     as `pfntrace lifetimes` does: open lives are kept between chunks
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -55,7 +61,7 @@ best(work)
 """
 CHUNKED = """
 import pyarrow as pa
-rows = 1 << 18
+rows = 1 << 19  # as iter_lives() does
 chunks, held = [], []
 for batch in batches:
     held.append(batch)
@@ -81,7 +87,7 @@ def work():
     events = events_of(records, slice(0, len(records)), context)
     ts, vm = events.columns["ts"], events.columns["vm"]
     lives = pair(events.keys, OpenLives(), lambda at: context.missable(vm[at], ts[at]))
-    return int(np.count_nonzero(~lives.orphan))
+    return int(np.count_nonzero(lives.orphan == 0))
 best(work)
 """
 DUCKDB = """
@@ -139,7 +145,7 @@ def lines(trace: Path, rounds: int) -> list[str]:
         table.append(f"{name:<23}{speed / 1e6:>18.2f}{1e9 / speed:>11.0f}{ratio:>9}{peak:>10.0f}")
     records, lives = found["lives, all columns"][:2]
     table.append(f"{records:,} SPTE records, {lives:,} lives, one thread, best of {rounds}")
-    table.append(machine())
+    table.append(f"{machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if len({lives for _, lives, *_ in found.values()}) != 1:
         table.append(f"NOT THE SAME: { ({name: row[1] for name, row in found.items()}) }")
     return table

@@ -23,7 +23,7 @@ from .kernels import LabKernel
 from .kvmchange import Change, apply_edits
 from .rootfs import HERE, ROOT_SUITE, kernel_files
 
-__all__ = ("KERNELS_WITH_SOURCE", "MODULES", "changed_kvm", "driver", "driver_names")
+__all__ = ("KERNELS_WITH_SOURCE", "MODULES", "changed_kvm", "driver", "driver_names", "source")
 
 # 6.1 needs the compiler of another suite: add it here when a bug asks for it.
 KERNELS_WITH_SOURCE = ("6.12", "7.3")
@@ -63,6 +63,11 @@ def changed_kvm(kernel: LabKernel, change: Change) -> Path:
     }
     name = f"kvm-{kernel.key}-{change.name}"
     return ensure(name, recipe, lambda work: _build_changed(builder, tree, kernel, change, work))
+
+
+def source(kernel: LabKernel) -> Path:
+    """Return the folder with KVM's source of *kernel*, unchanged, as in the kernel's tree."""
+    return _builder(kernel) / PLACE
 
 
 def _build_changed(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
 
-from . import LabError, RunOptions, kvmchange, run_in_lab
-from .kvmbuild import KERNELS_WITH_SOURCE, driver_names
+from . import LabError, RunOptions, kernels, kvmchange, run_in_lab
+from .kvmbuild import KERNELS_WITH_SOURCE, driver_names, source
 from .kvmchange import WHOLE, Edit, apply_edits, change_names, load_change
 from .rootfs import HERE
 from .workloads import OUR_PROGRAMS, SELFTESTS
@@ -129,7 +130,27 @@ def test_each_change_and_module_has_its_line_in_the_readme() -> None:
         assert f"| `{name}` |" in readme, name
 
 
-# Real boots
+# Real source, and real boots
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("kernel", KERNELS_WITH_SOURCE)
+def test_every_change_applies_to_its_kernel_s_source_once(tmp_path: Path, kernel: str) -> None:
+    tree, applied = source(kernels.kernel(kernel)), 0
+    for name in change_names():
+        # Given the files that the change edits, as Debian ships them
+        edits = load_change(name).edits.get(kernel, ())
+        for path in {edit.path for edit in edits}:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree / path, tmp_path / name / path)
+        # When it is applied
+        apply_edits(name, edits, tmp_path / name)
+        applied += bool(edits)
+        # Then a second time is one too many: what it replaced is gone, or there twice
+        if edits and name.startswith("series-"):
+            with pytest.raises(LabError, match=f"--kvm {name} does not apply"):
+                apply_edits(name, edits, tmp_path / name)
+    assert applied >= 10
 
 
 @pytest.mark.lab

@@ -5,15 +5,19 @@ It shares no code with it but the names of columns and constants.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+Place = tuple[Any, ...]
 
 PRESENT, LARGE, WRITABLE = 1 << 11, 1 << 7, 1 << 1
 PFN_BITS = 0x000F_FFFF_FFFF_F000
 #: How much later than an event on nothing the record of its install may come.
 LATE_NS = 100_000_000
+#: So many events wait at a place at most, and so many lives are open there: the oldest goes.
+WAITING_MAX, PLACE_MAX = 8, 64
 
 
 def pages_of(level: int) -> int:
@@ -34,7 +38,10 @@ class Rules:
 
 @dataclasses.dataclass
 class Result:
-    """Lives in order of life_id, and the fate of every record: a life, or its name as an orphan."""
+    """Lives in order of life_id, and the fate of every record: a life, or its name as an orphan.
+
+    life_id counts lives as they begin, in the order of the records that say so.
+    """
 
     lives: list[Row]
     fates: list[str]
@@ -42,135 +49,131 @@ class Result:
 
 def naive_lives(rows: Iterable[Row], rules: Rules, slots: Sequence[Row] = ()) -> Result:
     """Return the lives that SPTE records make; `slots` are SLOT records, both in order of time."""
-    maker = _Maker(rules, list(rows), slots)
-    for at in range(len(maker.rows)):
-        maker.take(at)
-    lives = sorted(maker.lives, key=lambda life: life["entry"])
-    for number, life in enumerate(lives, 1):
+    maker = _Maker(rules, slots)
+    for row in rows:
+        maker.take(row)
+    for number, life in enumerate(maker.lives, 1):
         life["life_id"] = number
         _complete(life, rules, slots)
-    return Result(lives, [maker.fates[at] for at in range(len(maker.rows))])
+    return Result(maker.lives, maker.fates)
 
 
 class _Maker:
-    def __init__(self, rules: Rules, rows: list[Row], slots: Sequence[Row]) -> None:
+    """Takes one record after the other. What it knows of a place is in `open` and `waiting`."""
+
+    def __init__(self, rules: Rules, slots: Sequence[Row]) -> None:
         self.rules = rules
         self.slots = slots
-        self.rows = rows
         self.lives: list[Row] = []
-        self.fates: dict[int, str] = {}
-        # The open lives of one place, oldest first.
-        self.open: dict[tuple[Any, ...], list[Row]] = {}
+        self.fates: list[str] = []
+        # The open lives of each place, oldest first; its events on nothing that wait for an
+        # install: the record, its number, what a zap would end a life by.
+        self.open: dict[Place, list[Row]] = defaultdict(list)
+        self.waiting: dict[Place, list[tuple[Row, int, str]]] = defaultdict(list)
         # Thread -> its last install of a large leaf over a table.
         self.collapsing: dict[int, Row] = {}
-        # The record that is taken, and how many lives it bore.
-        self.at, self.born = 0, 0
 
-    def take(self, at: int) -> None:
-        if at in self.fates:
-            return  # before its turn
-        row, self.at, self.born = self.rows[at], at, 0
+    def take(self, row: Row) -> None:
+        at = len(self.fates)
+        self.fates.append("life")
         if row["op"] == "install":
-            self.install(row)
-            self.fates[at] = "life"
+            if not is_shadow(row) and row["level"] > 1 and row["old"] & PRESENT:
+                self.collapsing[row["tid"]] = row
+            self.install(row, row["cause"])
         elif row["op"] == "zap":
-            self.fates[at] = self.zap(row)
+            self.zap(row, at)
         elif row["op"] == "change":
-            self.fates[at] = self.change(row)
+            self.change(row, at)
         else:
             self.fates[at] = "unknown op"
 
-    def install(self, row: Row) -> None:
-        place = self.place(row, row["pfn"])
-        if not is_shadow(row) and row["level"] > 1 and row["old"] & PRESENT:
-            self.collapsing[row["tid"]] = row
-        for life in self.open.get(place, ()):
-            unseen = life["birth_ts"] is None and life["pfn"] == row["pfn"]
-            if unseen:
-                # The oldest of them only.
-                if self.is_late(row, life["first"]):
-                    self.adopt(life, row)
-                    return
-                break
-        if is_shadow(row) and place in self.open:
-            # One entry holds one leaf: that of before must have gone.
-            self.end(place, row, "superseded")
-        self.begin(row, row["pfn"], row["cause"])
+    def install(self, row: Row, cause: str, *, whole: bool = True) -> Row:
+        """Begin a life. It is not `whole` if no install record says so: then it cannot be late."""
+        there = self.open[place_of(row)]
+        unseen = [life for life in there if life["birth_ts"] is None and life["pfn"] == row["pfn"]]
+        if whole and unseen and is_late(row, unseen[0]["first"]):
+            self.adopt(unseen[0], row)
+            return unseen[0]
+        early = self.overtaken(row) if whole else []
+        over = bool(early) and early[-1][0]["op"] == "zap"
+        if not over:
+            self.make_room(row)
+        life = self.begin(row, row["pfn"], cause)
+        for event, at, why in early:
+            self.fates[at] = "life"
+            if event["op"] == "zap":
+                self.end(life, event, why)
+            else:
+                self.see_change(life, event)
+        if early:
+            life["birth_ts"] = early[0][0]["ts"]
+        return life
 
-    def zap(self, row: Row) -> str:
-        place = self.place(row, row["pfn"])
-        self.drop_other_page(place, row, row["pfn"])
+    def overtaken(self, install: Row) -> list[tuple[Row, int, str]]:
+        """Return, and take out, the waiting events that were done after an install."""
+        waiting, taken = self.waiting[place_of(install)], []
+        for one in list(waiting):
+            if one[0]["pfn"] == install["pfn"] and is_late(install, one[0]):
+                waiting.remove(one)
+                taken.append(one)
+                if one[0]["op"] == "zap":
+                    break
+        return taken
+
+    def wait(self, row: Row, at: int) -> None:
+        """Keep an event on nothing: its install may be written down after it."""
+        waiting = self.waiting[place_of(row)]
+        waiting.append((row, at, self.reason(row)))
+        if len(waiting) > WAITING_MAX:
+            del waiting[0]
+
+    def zap(self, row: Row, at: int) -> None:
         splits = not is_shadow(row) and row["level"] > 1 and row["new"] & PRESENT
-        fate = "life"
-        if place not in self.open and not self.missable(row) and not splits:
-            self.look_for_late_install(row)
-        if place not in self.open and not self.missable(row):
-            fate = "orphan zap"
+        life = self.find(row, row["pfn"])
+        if life:
+            self.end(life, row, "split" if splits else self.reason(row))
         else:
-            if place not in self.open:
-                self.begin_unseen(row, row["pfn"])
-            self.end(place, row, "split" if splits else self.reason(row))
+            self.fates[at] = "orphan zap"
+            if not splits:
+                self.wait(row, at)
         if splits:
             self.split(row)
-        return fate
 
-    def change(self, row: Row) -> str:
+    def change(self, row: Row, at: int) -> None:
         pfn_old = (row["old"] & self.rules.address_mask) >> 12
-        place = self.place(row, pfn_old)
-        self.drop_other_page(place, row, pfn_old)
-        if place not in self.open and self.missable(row):
-            self.begin_unseen(row, pfn_old)
+        life = self.find(row, pfn_old)
         if pfn_old != row["pfn"]:
-            if place in self.open:
-                self.end(place, row, "pfn_change")
-            self.begin(row, row["pfn"], row["cause"])
-            return "life"
-        if place not in self.open:
-            self.look_for_late_install(row)
-        if place not in self.open:
-            return "orphan change"
-        life = self.open[place][0]
-        life["changes"] += 1
-        self.see(life, row["old"], row["refcount"])
-        self.see(life, row["new"], row["refcount"])
-        return "life"
+            if life:
+                self.end(life, row, "pfn_change")
+            self.install(row, row["cause"], whole=False)
+        elif life:
+            self.see_change(life, row)
+        else:
+            self.fates[at] = "orphan change"
+            self.wait(row, at)
 
-    def look_for_late_install(self, row: Row) -> None:
-        """An event on nothing: was its install written down after it?"""
-        place = self.place(row, 0)[:5]
-        for later in range(self.at + 1, len(self.rows)):
-            other = self.rows[later]
-            if later in self.fates or other["op"] not in ("install", "change", "zap"):
-                continue
-            if other["op"] != "install":
-                if self.bears_at(other, place):
-                    return
-            elif self.place(other, 0)[:5] == place:
-                if other["pfn"] == row["pfn"] and self.is_late(other, row):
-                    now, self.at = self.at, later
-                    self.begin(other, other["pfn"], other["cause"])
-                    self.at = now
-                    self.lives[-1]["birth_ts"] = row["ts"]
-                    self.fates[later] = "life"
-                return
+    def find(self, row: Row, pfn: int) -> Row | None:
+        """Return the life of a page that a change or zap is about."""
+        there = self.open[place_of(row)]
+        if is_shadow(row) and there and there[0]["pfn"] != pfn:
+            # Of an entry that held another page than this record says, a record is missing.
+            self.end(there[0], row, "superseded")
+        for life in there:
+            if life["pfn"] == pfn:
+                return life
+        if not self.missable(row):
+            return None
+        self.make_room(row)
+        return self.begin_unseen(row, pfn)
 
-    def bears_at(self, row: Row, place: tuple[Any, ...]) -> bool:
-        """Does a change to another page, or a split, bring a leaf to this place?"""
-        if row["op"] == "change":
-            moved = (row["old"] & self.rules.address_mask) >> 12 != row["pfn"]
-            return moved and self.place(row, 0)[:5] == place
-        if is_shadow(row) or row["level"] < 2 or not row["new"] & PRESENT:
-            return False
-        return any(self.place(child, 0)[:5] == place for child in self.children(row))
+    def make_room(self, row: Row) -> None:
+        """A shadow SPTE holds one page: that of before must have gone.
 
-    def is_late(self, install: Row, before: Row) -> bool:
-        """Had another thread's fault begun when an event on its page was written down?"""
-        return (
-            install["fault_ts"] is not None
-            and install["fault_ts"] <= before["ts"]
-            and install["ts"] - before["ts"] <= LATE_NS
-            and install["tid"] != before["tid"]
-        )
+        In the TDP MMU each root holds one, and there are never so many roots.
+        """
+        there = self.open[place_of(row)]
+        if len(there) == (1 if is_shadow(row) else PLACE_MAX):
+            self.end(there[0], row, "superseded")
 
     def adopt(self, life: Row, row: Row) -> None:
         """The beginning that was not seen came late."""
@@ -183,16 +186,6 @@ class _Maker:
         life["page"] = {name: row[name] for name in ("page_bits", "refcount", "mapcount")}
         life["slot_ts"] = row["ts"]
         self.count(life, row["refcount"])
-
-    def drop_other_page(self, place: tuple[Any, ...], row: Row, pfn: int) -> None:
-        # Of a shadow entry that held another page than this record says, a record is missing.
-        if is_shadow(row) and place in self.open and self.open[place][0]["pfn"] != pfn:
-            self.end(place, row, "superseded")
-
-    def place(self, row: Row, pfn: int) -> tuple[Any, ...]:
-        if is_shadow(row):
-            return ("shadow", row["vm"], row["sptep"])
-        return ("tdp", row["vm"], row["as_id"], row["level"], row["gfn"], pfn)
 
     def missable(self, row: Row) -> bool:
         if row["vm"] not in self.rules.created:
@@ -225,7 +218,7 @@ class _Maker:
 
     def split(self, row: Row) -> None:
         for child in self.children(row):
-            life = self.begin(child, child["pfn"], "split")
+            life = self.install(child, "split", whole=False)
             for name in ("refcount_birth", "mapcount_birth", "refcount_min", "refcount_max"):
                 life[name] = None
 
@@ -257,12 +250,13 @@ class _Maker:
         life["fault_ts"], life["vcpu"] = row["fault_ts"], row["vcpu"]
         life["refcount_birth"], life["mapcount_birth"] = row["refcount"], row["mapcount"]
 
-    def begin_unseen(self, row: Row, pfn: int) -> None:
+    def begin_unseen(self, row: Row, pfn: int) -> Row:
         life = self.new_life(row, pfn)
         life["spte_birth"] = row["old"]
         self.see(life, row["old"], None)
         if pfn != row["pfn"]:
             life["page"] = None
+        return life
 
     def new_life(self, row: Row, pfn: int) -> Row:
         life: Row = dict.fromkeys(
@@ -272,7 +266,6 @@ class _Maker:
             + ("refcount_min", "refcount_max")
         )
         life |= {
-            "entry": (self.at, self.born),
             "first": row,
             "vm": row["vm"],
             "as_id": row["as_id"],
@@ -288,10 +281,14 @@ class _Maker:
             "changes": 0,
             "ended_by": "censored",
         }
-        self.born += 1
         self.lives.append(life)
-        self.open.setdefault(self.place(row, pfn), []).append(life)
+        self.open[place_of(row)].append(life)
         return life
+
+    def see_change(self, life: Row, row: Row) -> None:
+        life["changes"] += 1
+        self.see(life, row["old"], row["refcount"])
+        self.see(life, row["new"], row["refcount"])
 
     def see(self, life: Row, spte: int, refcount: int | None) -> None:
         life["sptes"].append(spte)
@@ -303,10 +300,9 @@ class _Maker:
             life["refcount_min"] = min(c for c in counts if c is not None)
             life["refcount_max"] = max(c for c in counts if c is not None)
 
-    def end(self, place: tuple[Any, ...], row: Row, how: str) -> None:
-        life = self.open[place].pop(0)
-        if not self.open[place]:
-            del self.open[place]
+    def end(self, life: Row, row: Row, how: str) -> None:
+        there = self.open[place_of(row)]
+        there[:] = [other for other in there if other is not life]
         life["ended_by"] = how
         for name in ("ts", "cause", "tid", "tgid", "cpu", "seq"):
             life[f"death_{name}"] = row[name]
@@ -322,6 +318,23 @@ class _Maker:
 
 def is_shadow(row: Row) -> bool:
     return bool(row["mmu"] == "shadow")
+
+
+def place_of(row: Row) -> Place:
+    """What can hold a leaf: an SPTE of the shadow MMU; in the TDP MMU one SPTE in each root."""
+    if is_shadow(row):
+        return ("shadow", row["vm"], row["sptep"])
+    return ("tdp", row["vm"], row["as_id"], row["level"], row["gfn"])
+
+
+def is_late(install: Row, before: Row) -> bool:
+    """Had another thread's fault begun when an event on its page was written down?"""
+    return (
+        install["fault_ts"] is not None
+        and install["fault_ts"] <= before["ts"]
+        and install["ts"] - before["ts"] <= LATE_NS
+        and install["tid"] != before["tid"]
+    )
 
 
 def _complete(life: Row, rules: Rules, slots: Sequence[Row]) -> None:
@@ -341,7 +354,7 @@ def _complete(life: Row, rules: Rules, slots: Sequence[Row]) -> None:
     )
     life["page_class"] = _class(life["pfn"], life.pop("page"))
     life["slot"] = _slot(life, life.pop("slot_ts"), slots)
-    del life["first"], life["entry"]
+    del life["first"]
 
 
 def _slot(life: Row, ts: int, slots: Sequence[Row]) -> int | None:

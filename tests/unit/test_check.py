@@ -255,7 +255,20 @@ def test_a_cut_trace_is_checked_up_to_its_end_and_says_so(tmp_path):
     path.write_bytes(data[: len(data) * 2 // 3])
     result = check_trace(path)
     assert not result.info["complete"]
-    assert next(iter(check_lines(result))).startswith("nothing lost; INCOMPLETE: ")
+    assert next(iter(check_lines(result))).startswith("no loss known; INCOMPLETE: ")
+
+
+def test_a_trace_without_a_record_says_that_nothing_can_be_said(tmp_path):
+    # given: a recording that was cut within its first batch
+    path = tmp_path / "t.pfnt"
+    path.write_bytes(SICK.read_bytes()[:20000])
+    # when
+    result = check_trace(path)
+    # then
+    assert result.info["records"] == 0 and not result.findings
+    assert {item.detector for item in result.unanswerable} == set(result.detectors)
+    assert {item.reason for item in result.unanswerable} == {"the trace holds no record"}
+    assert list(check_lines(result))[-1].startswith("nothing can be said: 0 of ")
 
 
 def test_every_kind_can_be_missing(tmp_path):

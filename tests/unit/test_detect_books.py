@@ -99,6 +99,23 @@ def test_a_change_under_the_lock_may_not(kernel, tmp_path):
     assert finding.verdict == "probable" and "change, cause fault" in finding.title
 
 
+@pytest.mark.parametrize(
+    ("after", "verdict"), [(200, "inconclusive"), (19_000, "inconclusive"), (21_000, "probable")]
+)
+@pytest.mark.parametrize("rows_max", [30, 10**6])
+def test_clocks_of_two_cpus_may_turn_a_change_and_a_zap_around(after, verdict, rows_max, tmp_path):
+    # Given a change that another cpu wrote down soon after the zap
+    copy = reclaim("6.12")
+    one = page(copy)
+    changed = np.flatnonzero((copy["SPTE"]["gfn"] == one.gfn) & copy.ops("SPTE", "change"))
+    copy["SPTE"]["h"]["ts"][changed] = one.died + after
+    copy["SPTE"]["h"]["cpu"][changed] = copy["SPTE"]["h"]["cpu"][one.zap] + 1
+    copy["SPTE"]["cause"][changed] = wire.CAUSES.index("fault")
+    path = copy.write(tmp_path / "t.pfnt")
+    # Then the clocks explain it if the two are near
+    assert only(check_trace(path, [NAME], rows_max=rows_max)).verdict == verdict
+
+
 @pytest.mark.parametrize("kernel", GENERATIONS)
 def test_large_pages_of_the_shadow_mmu_may_have_been_split_unseen(kernel, tmp_path):
     # Given zaps of leaves that nobody installed, in a VM with a large shadow leaf

@@ -133,6 +133,11 @@ def test_cve_2021_22543_freed_by_kvm_in_the_fault_that_maps_it(kernel, tmp_path)
     assert finding.verdict == "definite" and "by KVM's own put" in finding.title
     assert finding.functions[0].startswith(("kvm_release_", "kvm_mmu_finish_"))
     assert finding.detail["freed_by_stack"][1].startswith("kvm_release_page_clean")
+    assert finding.functions[-1] == (
+        "called by __free_pages_ok < kvm_release_page_clean+0x10 [kvm]"
+    )
+    assert finding.title.endswith(f"first gfn {one.gfn:#x} by SPTE {finding.detail['spte']}")
+    assert int(finding.detail["spte"], 16) >> 12 & (1 << 40) - 1 == one.pfn
     assert finding.detail["freed_by_tid"] == int(fault["h"]["tid"])
     assert finding.gfns == ((one.gfn, one.gfn),)
 

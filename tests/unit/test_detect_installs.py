@@ -6,6 +6,7 @@ from unit.mapkit import GENERATIONS, MAPS, SANE, ask, only, page, reclaim
 from unit.tracekit import NO_PFN
 
 from analysis.check import check_trace
+from analysis.checktext import check_lines
 from probes import wire
 
 NAME = "install"
@@ -169,6 +170,38 @@ def test_a_fault_handler_that_was_inlined_leaves_no_answer(name, tmp_path):
     copy["SPTE"]["cause"][copy.ops("SPTE", "install")] = wire.CAUSES.index("other")
     result = ask(copy, tmp_path, name)
     assert result.findings == () and "never fired" in result.unanswerable[0].reason
+
+
+@pytest.mark.parametrize("cause", ["other", "fault"])
+def test_a_kernel_whose_faults_pass_all_hooks_by_is_not_called_healthy(cause, tmp_path):
+    # Given a changed KVM that has the functions that are hooked, and calls others
+    copy = reclaim("7.3")
+    copy["FAULT"] = copy["FAULT"][:0]
+    copy["SPTE"]["cause"][copy.ops("SPTE", "install")] = wire.CAUSES.index(cause)
+    # When all detectors are asked
+    result = check_trace(copy.write(tmp_path / "t.pfnt"))
+    # Then each that needs faults says how many leaves came without
+    reasons = {item.detector: item.reason for item in result.unanswerable}
+    assert {"balance", "growth", "livelock", "refused", "install"} <= set(reasons)
+    assert "23 leaves were installed" in reasons["balance"] == reasons["install"]
+    # And a person reads it once
+    lines = " ".join(line.strip() for line in check_lines(result))
+    assert lines.count("hooks of the fault handler never fired") == 1
+
+
+@pytest.mark.parametrize("how", ["lost", "filtered", "no install"])
+def test_faults_that_are_missing_for_another_reason(how, tmp_path):
+    copy = reclaim("7.3")
+    copy["FAULT"] = copy["FAULT"][:0]
+    if how == "lost":
+        copy.lose("FAULT", 23)
+    if how == "filtered":
+        assert copy.summary is not None
+        copy.summary["counts"]["FAULT"]["filtered"] = 23
+    if how == "no install":
+        copy.drop("SPTE", copy.ops("SPTE", "install"))
+    result = check_trace(copy.write(tmp_path / "t.pfnt"))
+    assert not [item for item in result.unanswerable if "were installed" in item.reason]
 
 
 @pytest.mark.parametrize("kernel", GENERATIONS)

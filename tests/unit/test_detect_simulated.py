@@ -45,17 +45,21 @@ def test_a_recorders_own_trace_has_nothing_twice():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "scenario", "seed"), [("6.12", "idle", 1), ("6.1", "idle", 2), ("6.12", "nested", 2)]
+    ("kernel", "scenario"), [("6.12", "idle"), ("6.1", "idle"), ("6.12", "nested")]
 )
-def test_order_by_clocks_of_two_cpus_proves_nothing_when_close(tmp_path, kernel, scenario, seed):
-    # GIVEN cpus whose clocks differ by some microseconds
-    made = make(tmp_path, kernel=kernel, scenario=scenario, seed=seed, hostile=("skew",),
-                mem_bytes=2 << 20)  # fmt: skip
-    # THEN an install that seems to come after an invalidation is told, but proves nothing
-    finding = only(told(made.outcome.trace, "stale-install"))
-    assert finding.verdict == "inconclusive"
-    assert f"less than {CLOCKS_NS // 1000} us" in finding.innocent[1].ruled_out
-    assert accused(made.outcome.trace) == []
+def test_order_by_clocks_of_two_cpus_proves_nothing_when_close(tmp_path, kernel, scenario):
+    # GIVEN cpus whose clocks differ by some microseconds, so that now and then an install seems to
+    # come after an invalidation
+    told_of = []
+    for seed in (2, 3, 4, 5):
+        made = make(tmp_path, kernel=kernel, scenario=scenario, seed=seed, hostile=("skew",),
+                    mem_bytes=2 << 20)  # fmt: skip
+        told_of += told(made.outcome.trace, "stale-install")
+        # THEN that accuses nobody
+        assert accused(made.outcome.trace) == []
+    # AND it is told, but proves nothing
+    assert told_of and {finding.verdict for finding in told_of} == {"inconclusive"}
+    assert f"less than {CLOCKS_NS // 1000} us" in told_of[0].innocent[1].ruled_out
 
 
 def test_faults_on_the_zero_page_do_not_make_v9_a_version_that_puts_earlier(tmp_path):

@@ -92,6 +92,81 @@ def test_a_pfnmap_mapping_without_vm_write(kernel, tmp_path):
     assert finding.detail["vm_flags"] == "0x4401"
 
 
+def noted(copy, *more, perms="r--s", after=1):
+    """Return a recording of a driver's pages with a note that they are mapped read-only.
+
+    The note is `after` ns older than the first fault of them. `more` are INVALIDATE records of the
+    mapping, as (event, ts since that fault).
+    """
+    copy["FAULT"]["vm_flags"] = 0
+    walked = copy["FAULT"]["walk_pfn"] != NO_PFN
+    first = int(copy["FAULT"]["h"]["ts"][walked].min())
+    low = int(copy["FAULT"]["hva"][walked].min())
+    high = int(copy["FAULT"]["hva"][walked].max()) + 4096
+    vma = {"start": low, "end": high, "perms": perms, "flags": [], "path": "/dev/dri/card0"}
+    copy.notes = [(first - after, {"slot": {"vm": 1, "slot": 1}, "vmas": [vma]})]
+    for event, at in more:
+        copy.add("INVALIDATE", h__ts=first + at, h__vm=1, a=low, b=high,
+                 cause=wire.INVALIDATE_EVENTS.index(event))  # fmt: skip
+    return copy, int((walked & copy.fixed()).sum())
+
+
+def driver_pages(kernel="7.3"):
+    return Copy.of(SHIPPED / f"ttm-{kernel}.pfnt")
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS)
+def test_a_mapping_that_proc_calls_read_only(kernel, tmp_path):
+    # Given a kernel whose walk shows no VMA, and what the recorder read when the slot appeared
+    copy, leaves = noted(driver_pages(kernel))
+    finding = only(ask(copy, tmp_path, NAME))
+    assert finding.verdict == "probable" and finding.count == leaves >= 1
+    assert "the host's mapping behind them is read-only" in finding.title
+    assert "none did" in finding.innocent[-1].ruled_out
+
+
+def test_an_invalidation_that_changes_no_protection_is_no_excuse(tmp_path):
+    copy, leaves = noted(driver_pages(), ("clear", -1), ("protection_vma", -3 * 10**9))
+    assert only(ask(copy, tmp_path, NAME)).count == leaves
+
+
+@pytest.mark.parametrize("event", ["unmap", "protection_vma"])
+@pytest.mark.parametrize("at", [0, -5 * 10**8])
+def test_a_mapping_may_be_made_writable_later(event, at, tmp_path):
+    # Given mprotect() or mmap() before the leaves were made, or while /proc was being read
+    copy, _ = noted(driver_pages(), (event, at), after=3 * 10**8)
+    assert not ask(copy, tmp_path, NAME).findings
+
+
+def test_a_note_that_was_read_after_the_protection_had_changed_says_nothing_of_before(tmp_path):
+    copy, _ = noted(driver_pages(), ("protection_vma", 10**9), after=-4 * 10**9)
+    assert not ask(copy, tmp_path, NAME).findings
+
+
+def test_lost_invalidations_may_have_been_of_protections(tmp_path):
+    copy, _ = noted(driver_pages())
+    copy.lose("INVALIDATE", 1)
+    assert only(ask(copy, tmp_path, NAME)).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("perms", ["rw-s", "---p", "", None, 7, "r-", "r--ss"])
+def test_other_permissions_say_nothing(perms, tmp_path):
+    copy, _ = noted(driver_pages(), perms=perms)
+    assert not ask(copy, tmp_path, NAME).findings
+
+
+def test_memory_of_guest_memfd_is_not_what_the_process_maps(tmp_path):
+    copy, _ = noted(driver_pages())
+    copy["SLOT"]["c"] |= 1 << 2
+    assert not ask(copy, tmp_path, NAME).findings
+
+
+def test_without_invalidations_nobody_knows_how_long_a_note_is_good(tmp_path):
+    copy, _ = noted(driver_pages())
+    copy.unhook("invalidate_start")
+    assert not ask(copy, tmp_path, NAME).findings
+
+
 @pytest.mark.parametrize("kernel", GENERATIONS)
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_writable_leaf_in_a_read_only_slot(kernel, lost, tmp_path):

@@ -42,6 +42,34 @@ def lines(a, b):
     return list(diff_lines(compare(a, b)))
 
 
+def test_places_are_compared_one_by_one(tmp_path):
+    # GIVEN A with 4K leaves only, B with some of 2M that took longer, in a second memslot
+    small = records("FAULT", 4, t_faultin=1, ret=5, level=1, slot=0)
+    large = records("FAULT", 2, t_faultin=1, ret=5, level=2, slot=1)
+    for made in (small, large):
+        made["h"]["fault_ts"] = made["h"]["ts"] - 10_000
+    large["h"]["fault_ts"] -= 10_000
+    a = trace(tmp_path, "a", [("FAULT", small)])
+    b = trace(tmp_path, "b", [("FAULT", small)], [("FAULT", large)])
+    # WHEN
+    found = compare(a, b)
+    # THEN
+    vm = small["h"]["vm"][0]
+    assert {(row.group, row.name): (row.a.n, row.b.n) for row in found.places} == {
+        ("VM", f"VM {vm}"): (4, 6),
+        ("level", "2M"): (0, 2),
+        ("level", "4K"): (4, 4),
+        ("memslot", f"VM {vm} slot 0"): (4, 4),
+        ("memslot", f"VM {vm} slot 1"): (0, 2),
+    }
+    medians = {row.name: row.b.p50 for row in found.places}
+    assert medians["2M"] == pytest.approx(20_000, rel=0.004)
+    assert medians["4K"] == pytest.approx(10_000, rel=0.004)
+    text = "\n".join(diff_lines(found))
+    assert "Fault latency by level mapped, VM and memslot" in text
+    assert re.search(r"2M +0 +2 +- +20\.0 us", text) and len(diff_json(found)["places"]) == 5
+
+
 # --- what is refused, what is cut -----------------------------------------------------------------
 
 
@@ -59,7 +87,7 @@ def test_a_cut_trace_is_compared_to_its_end_and_the_first_line_says_so(tmp_path)
     b = trace(tmp_path, "b", *[group(n) for n in range(8)])
     os.truncate(b, b.stat().st_size // 2)
     shown = lines(a, b)
-    assert shown[0].startswith("A: nothing lost; complete. B: nothing lost; INCOMPLETE: truncated")
+    assert shown[0].startswith("A: nothing lost; complete. B: no loss known; INCOMPLETE: truncated")
     assert "lower bounds" in " ".join(shown[:5])
     found = compare(a, b)
     assert found.totals[0].a == 40 > found.totals[0].b > 0

@@ -13,8 +13,11 @@ from unit.records import group, meta, records, rows_of, write_trace
 
 from analysis import export as exporting
 from analysis.export import arrow_table_schema, export
+from analysis.lifelist import Selection, write_lifetimes
 from analysis.lives import lives_of
 from analysis.outfile import new_file
+from analysis.plot import plot_trace
+from analysis.report import write_report
 from analysis.schema import KINDS_OF_TABLE, TABLES
 from probes.errors import OutputError, TraceFormatError, UsageError
 from tracer import schema
@@ -107,17 +110,47 @@ def test_a_failure_in_the_middle_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "x.csv"
-    with pytest.raises(OutputError, match="exists already"), new_file(out) as unfinished:
+    with pytest.raises(OutputError, match="exists already"), new_file(out, TTM) as unfinished:
         unfinished.write_text("ours")
         out.write_text("theirs")
     assert out.read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_force_never_writes_over_the_trace_that_is_read(tmp_path, link):
+    # GIVEN a trace, and a name for it
+    path = trace_of_everything(tmp_path)
+    name = path if link is None else tmp_path / "other"
+    if link is not None:
+        link(path, name)
+    before = path.read_bytes()
+    # WHEN each command that writes a file is told to write there
+    writers = [
+        lambda: export(path, "csv", name, ["lives"], overwrite=True),
+        lambda: export(path, "parquet", name, ["faults"], overwrite=True),
+        lambda: export(path, "perfetto", name, overwrite=True),
+        lambda: write_lifetimes(path, Selection(), {"csv": name}, overwrite=True),
+        lambda: write_report(path, name, overwrite=True),
+    ]
+    # THEN it says what that is, and the trace stays
+    for write in writers:
+        with pytest.raises(OutputError, match=f"{name} is the trace that is read; name another"):
+            write()
+    assert path.read_bytes() == before and name.samefile(path)
+
+
+def test_a_figure_is_not_drawn_over_the_trace_that_is_read(tmp_path):
+    path = trace_of_everything(tmp_path).rename(tmp_path / "mapped.png")
+    with pytest.raises(OutputError, match=r"mapped\.png is the trace that is read"):
+        plot_trace(path, tmp_path, ["mapped"], overwrite=True)
+    assert export(path, "csv", tmp_path / "x.csv", ["vms"])[0][0].rows
 
 
 def test_a_link_laid_in_the_way_is_not_followed(tmp_path):
     out, victim = tmp_path / "x.csv", tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / f".x.csv.{os.getpid()}.part").symlink_to(victim)
-    with new_file(out) as unfinished:
+    with new_file(out, TTM) as unfinished:
         unfinished.write_text("ours")
     assert (out.read_text(), victim.read_text()) == ("ours", "precious")
 

@@ -322,7 +322,37 @@ def test_of_an_empty_trace_every_figure_says_that_there_is_nothing(tmp_path):
         said = {kind: words(f) for kind, f in figures(reading, report_of(reading), list(KINDS))}
     for kind in ("mapped", "timeline", "lifetimes"):
         assert "nothing was mapped" in said[kind]
-    assert "no record tells of this page" in said["refcount"] and "no faults" in said["latency"]
+    # no page of a number that nobody chose
+    assert "pfn 0x" not in said["refcount"] and "nothing was mapped" in said["refcount"]
+    assert "no faults" in said["latency"]
+
+
+def test_an_empty_figure_has_no_axes_that_would_mean_nothing(tmp_path):
+    path = write(tmp_path / "t.pfnt", sptes(3, "install"))
+    reading = read(path, lives=True, check=False)
+    with style.style():
+        report = report_of(reading)
+        drawn_ = figures(reading, report, ["timeline", "refcount"], gfns=(900, 901), pfn=0x99)
+        for _, figure in drawn_:
+            assert not figure.axes
+            assert "nothing to draw: " in words(figure)
+
+
+def test_a_line_at_the_lowest_guest_frame_is_not_hidden_by_the_axis():
+    # GIVEN two pages that are far apart in a panel of 1500 guest frames
+    data = timeline.timeline_data(lives((100, 1, 2), (1600, 1, 2)), CONTEXT)
+    low, high = drawn(timeline, data).axes[0].get_ylim()
+    # THEN both have room for a line of 1.5 points
+    assert low < 100 - 15 and high > 1600 + 15
+
+
+def test_an_option_of_a_figure_that_is_not_drawn_is_refused(tmp_path):
+    path = write(tmp_path / "t.pfnt", sptes(3, "install"))
+    with pytest.raises(UsageError, match="--pfn is for the figure refcount; add --kind refcount"):
+        plot_trace(path, tmp_path / "d", ["timeline"], pfn=0x1000)
+    with pytest.raises(UsageError, match="--gfn is for the figure timeline"):
+        plot_trace(path, tmp_path / "d", ["refcount"], gfns=(1, 2))
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_cut_trace_and_a_lossy_one_say_so_in_every_figure(tmp_path):

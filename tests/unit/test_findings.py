@@ -55,6 +55,18 @@ def test_the_worst_comes_first_then_the_most_frequent():
     assert ordered == [("definite", 1), ("probable", 5), ("probable", 2), ("explained", 9)]
 
 
+def test_a_cause_comes_before_what_it_leads_to():
+    # GIVEN a page that was freed too early: marks and frees are seen more often than their cause
+    found = [
+        finding(detector="dead-mark", verdict="definite", count=30),
+        finding(detector="use-after-free", verdict="definite", count=19),
+        finding(detector="stale-install", verdict="definite", count=20),
+        finding(detector="install", verdict="probable", count=40),
+    ]
+    ordered = [f.detector for f in sorted(found, key=lambda f: f.rank)]
+    assert ordered == ["stale-install", "dead-mark", "use-after-free", "install"]
+
+
 def test_a_chain_of_proof_is_as_strong_as_its_weakest_link():
     assert weakest("definite", "inconclusive", "probable") == "inconclusive"
 

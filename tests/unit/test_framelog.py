@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import framelog
+from analysis import frametier
 from analysis.framelog import Events, FrameLog, Spaces, Spans
 
 FOREVER = (1 << 64) - 1
@@ -102,13 +102,33 @@ def test_spaces_have_one_number_each():
 
 def test_a_trace_that_touches_too_much_memory_is_told_of(monkeypatch):
     # Given room for two rows
-    monkeypatch.setattr(framelog, "_ROWS_MAX", 2)
+    monkeypatch.setattr(frametier, "_ROWS_MAX", 2)
     log = FrameLog()
     # When three far apart are touched
     log.step(lives(), events((0, 0, 1, 1), (0, 10_000, 1, 2), (0, 20_000, 1, 3)))
     # Then one event is forgotten, and is not forgotten silently
     assert log.forgotten == 1
     assert len(log.rest(lives((0, 0, 1, 0, FOREVER), (0, 10_000, 1, 0, FOREVER)))) == 2
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_rows_are_found_again_however_their_keys_collide(monkeypatch, mixed):
+    if not mixed:
+        # All keys want one of two places.
+        monkeypatch.setattr(frametier, "hashed", lambda keys, _: keys << np.uint64(63))
+    keys = np.random.default_rng(5).permutation(3000).astype(np.uint64) * np.uint64(7)
+    present, absent = keys[: 2000 if mixed else 100], keys[2000:]
+    rows = frametier._Rows()
+    assert (rows.find(keys) == -1).all()
+    # When they come in several portions
+    for part in np.array_split(present, 7):
+        rows.add(part)
+    # Then each has the number of its turn, and no other key has any
+    assert rows.find(present).tolist() == list(range(len(present)))
+    assert (rows.find(absent) == -1).all() and not len(rows.find(keys[:0]))
+    in_order, numbers = rows.in_order()
+    assert in_order.tolist() == sorted(present.tolist())
+    assert (present[numbers] == in_order).all()
 
 
 def naive(alive, happened):

@@ -5,17 +5,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import pfntrace
 from probes.arguments import parse_frames
 from probes.errors import CommandError, HostError, UsageError
 from tracer.closing import closing_lines, exit_status, size
+from tracer.describe import info_lines
 from tracer.doctor import examine
 from tracer.kernel import Counts
 from tracer.observe import observe
 from tracer.session import Outcome, RecordOptions
+from tracer.tracefile import TraceReader
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACE = Path(__file__).parent / "traces" / "ttm-6.12.pfnt"
@@ -57,6 +61,32 @@ def summary(ended: Outcome, status: int = 0) -> list[str]:
     return list(closing_lines(Path("x.pfnt"), ended, RecordOptions(), status))
 
 
+def test_a_trace_that_may_not_be_read_is_refused_in_one_line_by_every_command(tmp_path):
+    # GIVEN typer, which would check a file itself and tell of it in four lines
+    command: Any = typer.main.get_command(pfntrace.app)
+    arguments = [
+        (name, parameter)
+        for name, one in command.commands.items()
+        for parameter in one.params
+        if parameter.param_type_name == "argument" and name != "record"
+    ]
+    assert len(arguments) >= 10
+    # THEN it leaves that to who opens the file, for all of them
+    for name, parameter in arguments:
+        told = parameter.type_descriptor.parameter_info
+        assert told.readable is False and told.exists is False, name
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12", "7.3"])
+def test_info_fits_in_80_columns_and_no_words_run_together(kernel):
+    with TraceReader(TRACE.with_name(f"ttm-{kernel}.pfnt")) as reader:
+        facts = reader.info()
+    lines = list(info_lines(facts))
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    assert all(hook["hook"] in words for hook in [*facts["hooks"], *facts["missing"]])
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -85,7 +115,9 @@ def test_options_that_make_no_sense_are_usage_errors(arguments):
     assert "Usage: " in err
 
 
-@pytest.mark.parametrize("gfn", ["x", "-5", "5-x", "0x20-0x10", "1-2-3", "0-0x10000000000000", "-"])
+@pytest.mark.parametrize(
+    "gfn", ["x", "-5", "5-", "0x100-", "5-x", "0x20-0x10", "1-2-3", "0-0x10000000000000", "-"]
+)
 def test_a_range_of_frames_that_is_none_is_a_usage_error(gfn):
     assert_refused(2, r"--gfn .*: (write A-B|A must not)", "dump", str(TRACE), f"--gfn={gfn}")
 

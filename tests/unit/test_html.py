@@ -166,6 +166,18 @@ def test_the_page_says_what_the_text_says(tmp_path, name):
                     assert " ".join(" ".join(row).split()) in on_page
 
 
+def test_the_colour_of_a_line_is_of_what_it_says(tmp_path):
+    # GIVEN a trace that is whole, and a finding in it
+    whole = document(with_findings(tmp_path, LEAK))
+    lines = re.findall('<p class="verdict ([a-z]+)">([^<]*)<', page(whole, {}))
+    # THEN what it is worth and what was found are two lines
+    assert lines == [("good", "nothing lost; complete"), ("bad", "1 definite finding")]
+    # and of a trace without there is one
+    (tmp_path / "other").mkdir()
+    nothing = page(document(with_findings(tmp_path / "other")), {})
+    assert re.findall('<p class="verdict ([a-z]+)">', nothing) == ["good"]
+
+
 def test_the_verdict_and_what_cannot_be_seen_come_first(tmp_path):
     path = write(
         tmp_path / "t.pfnt", faults(9), complete=False, losses={"FAULT": [(12, 3, 0, 0)]},
@@ -258,7 +270,7 @@ def test_a_finding_has_its_evidence_in_text_and_page(tmp_path):
             "in VM 1; slot 1, 7; gfn 0x100-0x40ff and more; pfn 0x1000, 0x2000-0x2fff and more",
             "behind /dev/dri/card0 (VM_PFNMAP)",
             "kvm_release_pfn_clean() gives it back",
-            "the page is in an LRU batch: no: it stays for 3 s",
+            "the page is in an LRU batch? no: it stays for 3 s",
             "FAULT gfn=0x100",
             "SPTE install",
         ):

@@ -6,6 +6,7 @@
 import pandas as pd
 import pyarrow as pa
 import pytest
+from unit.life_rows import LATE, SEEN, change, install, lives_of, lives_of_batch, one, zap
 from unit.mmu_model import ACCESSED, DIRTY, FROZEN, HUGE, NOT_PRESENT, TABLE, leaf
 from unit.mmu_model import record as spte
 from unit.spte_rows import as_batch, slot_changes
@@ -16,37 +17,7 @@ from analysis.lifecontext import LifeContext
 from analysis.lifewalk import LATE_NS
 from analysis.lives import LifeBuilder
 from probes.errors import PfntraceError
-
-#: All VMs were created in the trace, nothing was lost.
-SEEN = LifeContext(created=frozenset({0, 1, 2, 3}), accessed_mask=ACCESSED, dirty_mask=DIRTY)
-LATE = LifeContext(accessed_mask=ACCESSED, dirty_mask=DIRTY)
-
-
-def install(ts, pfn=0x1000, level=1, **fields):
-    return spte("install", ts, pfn=pfn, level=level, new=leaf(pfn, level), **fields)
-
-
-def zap(ts, pfn=0x1000, level=1, cause="notifier", new=NOT_PRESENT, **fields):
-    old = leaf(pfn, level)
-    return spte("zap", ts, pfn=pfn, level=level, cause=cause, **{"old": old, "new": new} | fields)
-
-
-def change(ts, old, new, **fields):
-    return spte("change", ts, old=old, new=new, pfn=new >> 12 & 0xFFFFFFFFFF, **fields)
-
-
-def lives_of(rows, context=SEEN):
-    builder = LifeBuilder(context)
-    parts = [builder.feed(as_batch(rows)), builder.finish()]
-    table = pd.concat([part for part in parts if len(part)] or parts[:1])
-    return table.sort_values("life_id", ignore_index=True), builder
-
-
-def one(rows, context=SEEN):
-    table, _ = lives_of(rows, context)
-    (life,) = table.to_dict("records")
-    return life
-
+from probes.wire import CAUSES
 
 # --- records that do not fit ----------------------------------------------------------------------
 
@@ -106,6 +77,18 @@ def test_more_mappings_than_any_host_has_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(lifestore, "OPEN_MAX", 100)
     with pytest.raises(PfntraceError, match="more than 100 mappings open at once"):
         lives_of([install(ts, gfn=ts) for ts in range(101)])
+
+
+def test_causes_that_only_another_writer_knows_are_other():
+    # GIVEN a dictionary of causes with more names than ours
+    batch = as_batch([install(1), zap(2)])
+    at = batch.schema.get_field_index("cause")
+    names = [*CAUSES, "of tomorrow", "of next week"]
+    for strange in (len(CAUSES), len(CAUSES) + 1):
+        causes = pa.DictionaryArray.from_arrays(pa.array([strange] * 2, pa.int8()), names)
+        table, _ = lives_of_batch(batch.set_column(at, "cause", causes))
+        # THEN neither is taken for one of ours
+        assert (table["birth_cause"][0], table["death_cause"][0]) == ("other", "other")
 
 
 # --- an ordinary life -----------------------------------------------------------------------------
@@ -198,68 +181,6 @@ def test_in_the_shadow_mmu_an_entry_holds_one_page():
     # its last value is its own, its count at the end is not known
     assert table["spte_last"].iloc[0] == leaf(0x1000)
     assert table["refcount_death"].isna().all()
-
-
-# --- records in the wrong order -------------------------------------------------------------------
-
-
-def test_a_change_written_down_before_its_install_belongs_to_it():
-    # GIVEN another vCPU's change while the fault that installs is still at work (seen on 6.12)
-    rows = [
-        change(50, leaf(0x1000, bits=0), leaf(0x1000), tid=9, cause="fault"),
-        install(60, fault_ts=40, tid=8),
-        zap(70),
-    ]
-    # WHEN
-    table, builder = lives_of(rows)
-    # THEN it is one life, from the first record on
-    (life,) = table.to_dict("records")
-    assert (life["birth_ts"], life["birth_tid"], life["death_ts"]) == (50, 8, 70)
-    assert life["changes"] == 1 and builder.accounted == {"life": 3}
-
-
-def test_so_does_a_zap():
-    life = one([zap(50, tid=9), install(60, fault_ts=40, tid=8)])
-    assert (life["birth_ts"], life["death_ts"], life["ended_by"]) == (50, 50, "zap")
-
-
-@pytest.mark.parametrize(
-    "install_later",
-    [{"fault_ts": 55, "tid": 8}, {"fault_ts": 40, "tid": 9}, {"fault_ts": 0, "tid": 8},
-     {"fault_ts": 40, "tid": 8, "pfn": 0x2000}],
-    ids=["its fault began later", "the same thread", "no fault", "another page"],
-)  # fmt: skip
-def test_an_install_that_cannot_have_been_done_by_then_explains_nothing(install_later):
-    _, builder = lives_of([zap(50, tid=9), install(60, **install_later)])
-    assert builder.accounted == {"orphan zap": 1, "life": 1}
-
-
-def test_an_install_that_comes_too_late_explains_nothing():
-    rows = [zap(50, tid=9), install(51 + LATE_NS, fault_ts=40, tid=8)]
-    _, builder = lives_of(rows)
-    assert builder.accounted == {"orphan zap": 1, "life": 1}
-
-
-def test_the_install_may_come_in_the_next_chunk():
-    builder = LifeBuilder(SEEN)
-    builder.feed(as_batch([install(1, gfn=7), change(50, leaf(0x1000), leaf(0x1000) | 8, tid=9)]))
-    assert builder.accounted == {"life": 1}
-    builder.feed(as_batch([install(60, fault_ts=40, tid=8)]))
-    assert builder.accounted == {"life": 3} and not len(builder.orphans)
-    rest = builder.finish()
-    assert rest["birth_ts"].tolist() == [1, 50] and rest["changes"].tolist() == [0, 1]
-
-
-def test_in_an_older_vm_the_life_that_the_change_showed_gets_its_beginning():
-    builder = LifeBuilder(LATE)
-    before = leaf(0x1000, bits=0)
-    builder.feed(as_batch([change(50, before, before | DIRTY, tid=9, refcount=2)]))
-    assert builder.open()["censored_start"].tolist() == [True]
-    builder.feed(as_batch([install(60, fault_ts=40, tid=8, refcount=5)]))
-    (life,) = builder.finish().to_dict("records")
-    assert not life["censored_start"] and (life["birth_ts"], life["birth_tid"]) == (50, 8)
-    assert (life["refcount_birth"], life["refcount_min"], life["refcount_max"]) == (5, 2, 5)
-    assert life["spte_birth"] == leaf(0x1000) and life["spte_last"] == before | DIRTY
 
 
 # --- large leaves ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pfntrace
 from analysis import schema
 from analysis.lifelist import Selection, lifetime_lines, write_lifetimes
 from probes import wire
-from probes.errors import OutputError, TraceFormatError, UsageError
+from probes.errors import OutputError, PfntraceError, TraceFormatError, UsageError
 
 TRACES = Path(__file__).parent / "traces"
 TTM = TRACES / "ttm-7.3.pfnt"
@@ -55,7 +55,41 @@ def test_ranges_that_are_none_name_their_option():
 
 def test_a_trace_without_mappings_says_so(tmp_path):
     path = write_trace(tmp_path / "t.pfnt", [[("VM", records("VM", 1))]])
-    assert lines(path)[-1] == "No mapping lived in this trace, of those asked for."
+    assert lines(path)[-1] == "No mapping lived in this trace."
+
+
+def test_a_choice_that_leaves_nothing_says_that_it_is_one():
+    # No guest frame is so high.
+    assert lines(TTM, Selection(gfns=(1 << 50, 1 << 50)))[-1] == (
+        "No mapping lived in this trace, of those asked for."
+    )
+
+
+def test_a_vm_that_is_not_there_is_said_so_with_those_that_are(tmp_path):
+    path = write_trace(tmp_path / "t.pfnt", [[("FAULT", records("FAULT", 1, h__vm=7))]])
+    with pytest.raises(PfntraceError, match=r"no VM 9 in .*; it has VM 7$") as caught:
+        lines(path, Selection(vm=9))
+    assert caught.value.exit_code == 1
+    with pytest.raises(PfntraceError, match="it has VM 7"):
+        write_lifetimes(path, Selection(vm=9), {"csv": tmp_path / "x.csv"})
+    assert [file.name for file in tmp_path.iterdir()] == ["t.pfnt"]
+    # one that mapped nothing is there all the same
+    assert lines(path, Selection(vm=7))[-1].startswith("No mapping lived")
+    assert run(path, "--vm", "-1").exit_code == 2
+
+
+def test_the_history_of_a_page_is_of_the_vm_that_is_chosen(tmp_path):
+    # GIVEN a page that VM 1 maps, and that is freed when no VM is known
+    made = [
+        ("SPTE", records("SPTE", 1, h__vm=1, h__op=wire.OPS.index("install"), pfn=5, level=1)),
+        ("PAGE_FREE", records("PAGE_FREE", 1, h__vm=0, pfn=5, d=0)),
+        ("FAULT", records("FAULT", 1, h__vm=2, pfn=9)),
+    ]
+    path = write_trace(tmp_path / "t.pfnt", [made])
+    mine, others = ("\n".join(lines(path, Selection(vm=vm, pfns=(5, 5)))) for vm in (1, 2))
+    assert "What happened to pfn 0x5: 2 records" in mine and "mapped" in mine
+    assert "What happened to pfn 0x5: 1 record, and 1 of other VMs" in others
+    assert "mapped" not in others and "freed" in others
 
 
 def test_a_truncated_trace_is_listed_up_to_its_end_and_says_so(tmp_path):

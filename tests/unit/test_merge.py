@@ -159,6 +159,20 @@ def test_a_folder_that_is_not_there_is_said_so(tmp_path):
     with pytest.raises(OutputError) as caught:
         merge([a], tmp_path / "no" / "x.pfnt", version="0", argv=[])
     assert "cannot be created" in str(caught.value)
+    assert ".part" not in str(caught.value)
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    # GIVEN a disk that is full
+    a = part(tmp_path, "a", [of_vm(1)])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tracer.tracewriter.os.write", full)
+    with pytest.raises(OutputError, match=r"/x\.pfnt: No space left") as caught:
+        merge([a], tmp_path / "x.pfnt", version="0", argv=[])
+    assert ".part" not in str(caught.value)
 
 
 # --- parts of one recording -----------------------------------------------------------------------

@@ -5,14 +5,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 from unit.mergekit import SECOND, merged, part
 from unit.records import START_NS, records, rows_of
 
-from analysis.check import check_trace
+from analysis.check import _Answer, _unable, check_trace
 from analysis.diffside import read_side
 from analysis.export import export
+from analysis.figures import style
+from analysis.findings import Unanswerable
+from analysis.lifelist import Selection, lifetime_lines
 from analysis.lives import iter_lives, lives_of
+from analysis.plot import figures
 from analysis.reading import read
+from analysis.reportdata import report_of
+from analysis.trace import open_trace
 from probes import wire
 from probes.errors import TraceFormatError
 from tracer.simulator.replay import conform
@@ -55,6 +62,65 @@ def test_lives_of_parts_and_of_the_merged_trace_are_the_same(tmp_path):
         mine = whole[(whole["vm"] >= low) & (whole["vm"] <= high)]
         for name in columns:
             assert mine[name].tolist() == own[name].tolist(), name
+
+
+def test_the_history_of_a_page_is_one_for_each_recording(tmp_path):
+    # GIVEN two boots, on each of which a frame of the same number was mapped
+    a = part(tmp_path, "a", [installs(3, 0, pfn=[5, 6, 5], level=1)])
+    b = part(tmp_path, "b", [installs(2, SECOND, pfn=5, level=1)], boot="other", wall=SECOND)
+    out, _ = merged(tmp_path, a, b)
+    # WHEN the page is asked for
+    history = open_trace(out).pfn_history(5)
+    # THEN there are two histories, and no record is part of a life of the other boot
+    assert len(history.recordings) == 2
+    assert history.events["recording"].tolist() == [1, 1, 2, 2]
+    vms = dict(zip(history.lives["life_id"], history.lives["vm"], strict=True))
+    assert [vms[life] for life in history.events["life_id"]] == history.events["vm"].tolist()
+    told = list(lifetime_lines(out, Selection(pfns=(5, 5)), 40))
+    assert sum(line.startswith("Recording on ") for line in told) == 2
+    assert told.count("What happened to pfn 0x5: 2 records") == 2
+
+
+def test_a_figure_of_a_page_is_of_one_recording_and_says_of_which(tmp_path):
+    late = 60 * SECOND
+    a = part(tmp_path, "a", [installs(1, 0, pfn=5, level=1)])
+    groups = [installs(3, late, pfn=5, level=1)]
+    b = part(tmp_path, "b", groups, boot="other", start=late, wall=SECOND)
+    out, _ = merged(tmp_path, a, b)
+    reading = read(out, lives=True, check=False)
+    with style.style():
+        report = report_of(reading)
+        ((_, shown),) = figures(reading, report, ["refcount"], pfn=5)
+        ((_, chosen),) = figures(reading, report, ["refcount"])
+    for figure in (shown, chosen):
+        said = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert "mapped 3 times" in said and "This is the recording on" in said
+        # what lies between the parts is not a time in which nothing happened
+        assert "s were recorded: the rest lies between the parts" in said
+    assert "1 other recording has records of that frame too" in " ".join(
+        text.get_text() for text in shown.findobj(Text)
+    )
+
+
+def test_what_no_recording_can_answer_is_said_once(tmp_path):
+    # GIVEN three recordings without facts of their kernel
+    parts = [
+        part(tmp_path, boot, [installs(3 + at, 0)], boot=boot, wall=at * SECOND)
+        for at, boot in enumerate(("a", "b", "c"))
+    ]
+    out, _ = merged(tmp_path, *parts)
+    silent = check_trace(out).unanswerable
+    # THEN each reason that all have stands once, without the names of all
+    shared = [one for one in silent if not one.reason.startswith("recording on")]
+    assert "hook page_free not attached in this recording" in {one.reason for one in shared}
+    assert len(set(shared)) == len(shared)
+    everyones = {one.reason for one in shared}
+    assert not [one for one in silent if one.reason.partition(": ")[2] in everyones]
+
+
+def test_what_one_recording_cannot_answer_names_it():
+    answers = [_Answer("A", (), (Unanswerable("pins", "why"),)), _Answer("B", (), ())]
+    assert [one.reason for one in _unable(answers)] == ["A: why"]
 
 
 def test_a_frame_of_one_host_is_not_a_frame_of_another(tmp_path):

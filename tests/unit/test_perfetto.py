@@ -17,6 +17,7 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
 from unit.records import START_NS, group, meta, records, write_trace
 
 from analysis import perfetto, perfettofile
+from analysis.check import check_trace
 from analysis.export import export
 from analysis.perfettofile import Packets, PerfettoMissing, TooManyTracks
 from probes import wire
@@ -240,6 +241,23 @@ def test_losses_are_on_a_track_of_their_own_and_the_verdict_stands_first(tmp_pat
         ("LOST", 3, 1),
         ("LOST", 2, 1),
     ]
+
+
+def test_what_the_detectors_found_is_marked_at_its_first_time(tmp_path):
+    # GIVEN a recording of a kernel that keeps a reference when a fault is retried
+    path = TRACES / "leak-on-retry-6.12.pfnt"
+    out = tmp_path / "x.pftrace"
+    # WHEN
+    export(path, "perfetto", out)
+    # THEN the finding of the check is there, in words
+    told = replayed(out.read_bytes())
+    marks = [mark for mark in told.instants if mark.track == "findings"]
+    findings = check_trace(path).findings
+    assert [mark.begin for mark in marks] == sorted(one.first_ts for one in findings)
+    worst = next(mark for mark in marks if mark.begin == findings[0].first_ts)
+    assert worst.name.startswith(f"{findings[0].verdict.upper()} {findings[0].detector}: ")
+    assert worst.args["count"] == findings[0].count and worst.args["vms"] == "1"
+    assert worst.args["rule"] and "0x" in worst.args["pfns"]
 
 
 def test_tracks_are_in_the_order_in_which_people_look(tmp_path):

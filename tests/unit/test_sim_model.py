@@ -5,8 +5,11 @@ from itertools import pairwise
 
 import pytest
 from unit.simkit import make
+from unit.simtruth import differences
 
+from analysis.check import check_trace
 from tracer.simulator.kernels import KERNELS, REFCOUNTED_BIT
+from tracer.simulator.replay import conform
 
 #: Where the reference goes back, and what can be seen of it (KVM-FACTS 0.1).
 PUT_RECORD = {
@@ -184,3 +187,64 @@ def test_a_vm_that_is_still_there_at_the_end_leaves_lives_open(tmp_path):
     made = make(tmp_path, scenario=str(scenario))
     assert {life["ended_by"] for life in made.truth("lives")} == {"censored"}
     assert not [r for r in made.rows("SPTE") if r["op"] == "zap"]
+
+
+# --- large leaves, and pages that KVM maps for itself ---------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "6.13"])
+def test_dirty_logging_splits_large_leaves_in_place_and_makes_them_whole_again(tmp_path, kernel):
+    # Given 2M leaves, when dirty logging protects them and ends
+    made = make(tmp_path, kernel=kernel, scenario="migration", mem_bytes=8 << 20)
+    leaves = made.rows("SPTE")
+    split = [r for r in leaves if r["level"] == 2 and r["op"] == "zap" and r["new"] & 1 << 11]
+    assert split and not any(r["new"] & 1 << 7 for r in split), "a table comes in its place"
+
+    # Then the pieces live without an install of their own
+    pieces = [life for life in made.truth("lives") if life["birth_cause"] == "split"]
+    assert len(pieces) == 512 * len(split)
+    assert {(p["level"], p["refcount_birth"], p["ended_by"]) for p in pieces} == {
+        (1, None, "collapse")
+    }
+
+    # And end with the frozen value, behind a large leaf in place where the kernel does that
+    back = [r for r in leaves if r["op"] == "install" and r["level"] == 2 and r["cause"] == "slot"]
+    assert len(back) == (len(split) if KERNELS[kernel].recovers_in_place else 0)
+    assert all(r["old"] & 1 << 11 and not r["old"] & 1 << 7 for r in back)
+    frozen = [r for r in leaves if r["op"] == "zap" and r["new"] == KERNELS[kernel].frozen]
+    assert len(frozen) == len(pieces)
+
+
+def test_pages_of_1g_are_mapped_by_one_leaf(tmp_path):
+    made = make(tmp_path, scenario="gigantic")
+    large = [r for r in made.rows("SPTE") if r["level"] == 3 and r["op"] == "install"]
+    assert large and all(r["gfn"] % (1 << 18) == r["pfn"] % (1 << 18) == 0 for r in large)
+    assert {r["page_order"] for r in large} == {18}
+    inside = [f for f in made.faults() if f["gfn"] >= 0x100000 and f["result"] == "fixed"]
+    assert {f["level"] for f in inside} == {3}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "put"), [("6.1", "pfn_clean"), ("6.12", "pfn_clean"), ("6.13", "page_clean")]
+)
+def test_a_pfn_cache_holds_no_reference_and_is_refreshed_when_the_host_took_its_page(
+    tmp_path, kernel, put
+):
+    made = make(tmp_path, kernel=kernel, scenario="pfncache", mem_bytes=8 << 20)
+    tasks = {r["tid"] for r in made.rows("PIN")}
+    assert {r["op"] for r in made.rows("PIN")} == {"refresh"} and len(tasks) == 1
+    puts = [r["call"] for r in made.rows("RELEASE") if r["tid"] in tasks and not r["fault_ts"]]
+    assert len(made.rows("PIN")) > 4, "four caches, each invalidated sometimes"
+    assert puts.count(put) >= len(made.rows("PIN"))
+    references = [r for r in made.truth("references") if r["taker"] == "pfncache"]
+    assert references and all(r["put_pfn"] == r["pfn"] for r in references)
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "v9", "6.13"])
+@pytest.mark.parametrize("scenario", ["gigantic", "pfncache", "migration"])
+def test_these_lives_are_the_ledgers_and_nothing_is_found(tmp_path, kernel, scenario):
+    made = make(tmp_path, kernel=kernel, scenario=scenario, mem_bytes=8 << 20, seed=3)
+    assert differences(made.outcome) == []
+    assert not [f.title for f in check_trace(made.path).findings if f.is_anomaly]
+    answer = conform(made.path)
+    assert answer.conforms, (answer.expected, answer.divergence)

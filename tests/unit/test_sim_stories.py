@@ -5,6 +5,7 @@ wrong stays below under a name.
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from unit.simkit import make
 from unit.simtruth import differences, judge
 
+from analysis.check import check_trace
 from tracer.simulator.kernels import KERNELS
 from tracer.simulator.replay import conform
 
@@ -46,7 +48,7 @@ def stories(draw):
         for at, kind in enumerate(kinds)
     ]
     names = [entry["name"] for entry in memory]
-    always = ["discard", "merge", "storm", "age", "pin", "sleep"]
+    always = ["discard", "merge", "storm", "age", "pin", "pfncache", "sleep"]
     phases = []
     for _ in range(draw(st.integers(1, 2))):
         touch = {
@@ -95,13 +97,11 @@ def tell(text, knobs):
         assert differences(made.outcome) == []
         answer = conform(made.path)
         assert answer.conforms, (answer.expected, answer.divergence)
-        if not ("thp" in text and knobs["mmu"] == "shadow"):
-            # There check takes the puts of prefetched tails of one head for puts of one page.
-            assert judge(made.outcome, knobs["kernel"]).wrong == ()
+        assert judge(made.outcome).told == ()
 
 
 @settings(
-    max_examples=25,
+    max_examples=int(os.environ.get("PFNTRACE_EXAMPLES", "25")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -128,3 +128,29 @@ def test_a_page_that_was_freed_ahead_of_its_time():
         "host = [{ do = 'discard', memory = 'm0', pages = 64, times = 20, every_us = 50 }]\n"
     )
     tell(text, {"kernel": "6.13", "vcpus": 3, "seed": 2, "faults": 1500})
+
+
+@pytest.mark.parametrize("verb", ["merge", "pin"])
+def test_a_host_that_finds_nothing_to_do_lets_time_pass(verb):
+    # An early model looked for ever at a page that could not be merged, and no vCPU got its turn.
+    text = (
+        "title = 'x'\n[[memory]]\nname = 'm0'\nkind = 'readonly'\ngfn = 512\npages = 512\n"
+        "[[phase]]\ntouch = { memory = 'm0', write = 0.0 }\n"
+        f"host = [{{ do = '{verb}', memory = 'm0', times = 'busy', every_us = 50 }}]\n"
+    )
+    tell(text, {"kernel": "6.12", "vcpus": 2, "seed": 1, "faults": 100})
+
+
+def test_a_pin_that_ends_as_its_page_is_freed_on_a_cpu_with_another_clock(tmp_path):
+    # Found by the soak: seed 4, the clock of the cpu that freed the page was behind.
+    made = make(tmp_path, kernel="6.12", scenario="nested", bugs=("vcpu_map_leak",), seed=4,
+                vcpus=1, hostile=("skew",))  # fmt: skip
+    assert judge(made.outcome, exact=False).told == ()
+    titles = [one.title for one in check_trace(made.path).findings]
+    assert titles == ["3 maps of kvm_vcpu_map() outlived the VM, on 3 pages"]
+
+
+def test_two_that_replace_the_leaf_of_a_page_that_is_gone(tmp_path):
+    # Found by the soak: a change was written down before the install that it changed.
+    made = make(tmp_path, kernel="6.1", scenario="balloon", bugs=("stale_spte",), seed=17)
+    assert differences(made.outcome) == []

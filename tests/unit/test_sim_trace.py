@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from unit.simdigest import STORIES, digest, pinned
 from unit.simkit import make
 
 from probes import wire
@@ -285,3 +286,18 @@ def test_the_command_line_lists_and_simulates(tmp_path):
     }  # fmt: skip
     refused = run("--mem", "tiny")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+# --- no accident ----------------------------------------------------------------------------------
+
+
+def test_simulations_are_those_that_were_pinned(tmp_path):
+    # After a change on purpose: python tests/unit/simdigest.py --write
+    known = pinned()
+    assert set(known) == set(STORIES)
+    changed = [
+        name
+        for name, knobs in STORIES.items()
+        if digest(make(tmp_path, mem_bytes=1 << 20, seed=11, **knobs)) != known[name]
+    ]
+    assert changed == []

@@ -101,6 +101,22 @@ def test_the_history_of_a_page_is_all_that_touches_it_in_order_of_time(trace):
     assert not len(trace.pfn_history(0x9999).events)
 
 
+def test_names_of_a_column_are_those_of_its_table(trace):
+    assert trace.sptes["op"].value_counts().to_dict() == {"install": 2, "change": 1, "zap": 2}
+    assert trace.page_events["kind"].cat.categories.tolist() == ["PAGE_FREE", "PAGE_ALLOC"]
+    assert not [name for name in trace.faults["result"].cat.categories if "ret_" in name]
+    assert trace.pfn_history(0x203).events["recording"].unique().tolist() == [1]
+    schema.check("pfn_events", trace.pfn_history(0x9999).events)
+
+
+def test_a_name_that_no_record_of_pfntrace_has_stays(tmp_path):
+    # GIVEN an SPTE record that says it created something
+    made = records("SPTE", 1, h__op=wire.OPS.index("create"))
+    sptes = open_trace(write_trace(tmp_path / "t.pfnt", [[("SPTE", made)]])).sptes
+    assert sptes["op"].tolist() == ["create"]
+    assert sptes["op"].cat.categories.tolist() == ["install", "change", "zap", "create"]
+
+
 def test_times_are_seconds_since_the_beginning(trace):
     assert trace.seconds(trace.sptes["ts"]).iloc[0] == pytest.approx(10e-9)
 

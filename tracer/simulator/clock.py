@@ -99,15 +99,14 @@ class Turns:
 
     def run(self) -> Iterator[None]:
         """Run until no story is left; yields now and then between turns, for a look at things."""
-        heap = self._heap
+        heap, push, pop = self._heap, heapq.heappush, heapq.heappop
         while heap:
             for _ in range(_TURNS):
                 if not heap:
                     break
-                at, number, story = heapq.heappop(heap)
-                self.now = at
+                self.now, number, story = pop(heap)
                 self.next = heap[0][0] if heap else FOREVER
                 for then in story:
-                    heapq.heappush(heap, (then, number, story))
+                    push(heap, (then, number, story))
                     break
             yield

@@ -29,8 +29,15 @@ _MARK_ACCESSED = CALL["mark_accessed"]
 _FAULT, _PREFETCH, _FAST = CAUSE["fault"], CAUSE["prefetch"], CAUSE["fast"]
 #: How long a fault holds mmu_lock at least (ns).
 _HOLD_NS = 5000
+#: From mmu_lock to the leaf.
+_MAP_NS = 3000
+#: 4K pages in one of 1G.
+_GIGANTIC = 1 << 18
 #: Faults of one access before the guest is given up as stuck.
 _TRIES = 128
+#: What keeps a vCPU from getting on for ever. One that got nowhere so often is scheduled away.
+_ENDLESS = frozenset({"endless_storm", "obsolete_root", "invalid_slot"})
+_PATIENCE, _AWAY_NS = 64, 20_000_000
 
 Result = Generator[int, None, str]
 
@@ -41,6 +48,13 @@ class Vcpu(Putting):
     def __init__(self, world: World, vm: Vm, task: Task) -> None:
         super().__init__(world, vm, task)
         self.faults = 0
+        kernel = world.kernel
+        self._ret_fixed, self._ret_retry = kernel.result("fixed"), kernel.result("retry")
+        #: where its faults put, and how they mark, with the MMU of its VM
+        self._puts = kernel.shadow_put or kernel.put if vm.shadow else kernel.put
+        self._marks = kernel.shadow_fault_mark if vm.shadow else kernel.fault_mark
+        #: bug obsolete_root: is this vCPU's root one that it should have given up?
+        self._obsolete = False
 
     def touch(self, gfn: int, *, write: bool, fetch: bool = False, alias: int = 0) -> Result:
         """Access a guest frame once; returns how its last fault ended ("" without one).
@@ -49,11 +63,14 @@ class Vcpu(Putting):
         """
         vm, result = self.vm, ""
         key = gfn + (alias << ALIAS)
-        for _ in range(_TRIES):
+        for tries in range(_TRIES):
             leaf = vm.root.leaves.get(key) or vm.root.leaves.get(key & ~511)
+            if vm.gigantic and (leaf is None or leaf.key + leaf.pages <= key):
+                leaf = vm.root.leaves.get(key & -_GIGANTIC)
             if (
                 leaf is not None
                 and (leaf.level > 1 or leaf.key == key)
+                and leaf.key + leaf.pages > key
                 and (leaf.spte & 2 or not write)
             ):
                 self._use(leaf, write)
@@ -61,7 +78,9 @@ class Vcpu(Putting):
             result = yield from self.fault(gfn, write=write, fetch=fetch, alias=alias)
             if result in ("error", "emulate"):
                 return result
-            self.task.now += 20_000 if result == "retry" else 0
+            if result == "retry":
+                away = tries >= _PATIENCE and not _ENDLESS.isdisjoint(self.world.bugs)
+                self.task.now += _AWAY_NS if away else 20_000
         return "stuck"
 
     @staticmethod
@@ -100,7 +119,8 @@ class Vcpu(Putting):
             found = yield from host_fault(world, vm, task, slot.mapping, index, write=write)
         if not self._get(fault, slot, *found):
             return write_fault(world, vm, task, fault)
-        if kernel.lockless_retry or world.bugs:
+        # Without lock it may see the sequence of a moment ago, unless somebody is about to move it.
+        if vm.active_invalidations or vm.seq != fault.mmu_seq or world.bugs:
             if task.now > turns.next:
                 yield task.now
             if self._lockless_retry(fault):
@@ -113,13 +133,18 @@ class Vcpu(Putting):
         elif task.now > turns.next or task.now < vm.write_until:
             yield from self._read_lock()
         if (root is not vm.root and not fault.outlived) or self._stale(fault):
-            fault.ret = kernel.result("retry")
+            fault.ret = self._ret_retry
         else:
             self._map(fault, slot, key)
-        put = kernel.shadow_put or kernel.put if vm.shadow else kernel.put
+        put = self._puts
         if put == "locked":
             self._put(fault)
-        self._unlock()
+        task.now += 200  # unlock, later than all that was done under the lock
+        if not vm.shadow:
+            if vm.read_until < task.now:
+                vm.read_until = task.now
+        elif vm.write_until < task.now:
+            vm.write_until = task.now
         task.now += 1500 + fault.jitters[4]
         if task.now > turns.next:
             yield task.now
@@ -128,8 +153,7 @@ class Vcpu(Putting):
         elif put == "never" and fault.held:
             self._plant("missing_put_shadow" if kernel.shadow_put else "missing_put", fault,
                         fault.pfn)  # fmt: skip
-        mark = kernel.shadow_fault_mark if vm.shadow else kernel.fault_mark
-        if mark == "unlocked" and fault.counted and fault.sptes:
+        if self._marks == "unlocked" and fault.counted and fault.sptes:
             yield from self._late_mark(fault)
         return write_fault(world, vm, task, fault)
 
@@ -157,6 +181,8 @@ class Vcpu(Putting):
         if slot.valid and not (kernel.lockless_retry and self._invalidating(fault.gfn)):
             return False
         t_faultin = 2900 + fault.jitters[0] // 8
+        if not slot.valid and "invalid_slot" in self.world.bugs:
+            self._plant("invalid_slot", fault, 0)
         if kernel.lockless_retry and slot.valid:
             fault.pfn = ERR_FAULT
         fault.stages = (t_faultin, NEVER, NEVER, t_faultin + 900, NEVER)
@@ -219,8 +245,10 @@ class Vcpu(Putting):
         if world.bugs and world.strikes("wrong_flag"):
             fault.tracked = not counts
             self._plant("wrong_flag", fault, pfn)
-        fault.writable = not slot.read_only and (writable or self._too_writable(fault, pfn))
-        put = kernel.shadow_put or kernel.put if self.vm.shadow else kernel.put
+        if not writable and world.bugs:
+            writable = self._too_writable(fault, pfn)
+        fault.writable = writable and not slot.flags & 2
+        put = self._puts
         if counts:
             page.count += 1
             fault.held = True
@@ -302,8 +330,12 @@ class Vcpu(Putting):
         world, vm, task = self.world, self.vm, self.task
         if fault.page is None or slot.mapping.kind.driver:
             return
-        if world.strikes("stale_sequence"):
-            self.race(vm, slot, fault.gfn, task.now)
+        if world.strikes("endless_storm"):
+            self._plant("endless_storm", fault, fault.pfn)
+            self.race(vm, slot, fault.gfn, task.now, False)
+            task.now += 30_000
+        elif world.strikes("stale_sequence"):
+            self.race(vm, slot, fault.gfn, task.now, True)
             fault.marked = True
             task.now += 150_000
         elif world.strikes("stale_slot"):
@@ -321,13 +353,6 @@ class Vcpu(Putting):
                 break
         vm.read_until = max(vm.read_until, task.now + _HOLD_NS)
 
-    def _unlock(self) -> None:
-        vm, now = self.vm, self.task.now
-        if vm.shadow:
-            vm.write_until = max(vm.write_until, now)
-        else:
-            vm.read_until = max(vm.read_until, now)
-
     def _outlive_slot(self, fault: Fault, slot: Slot) -> Story:
         for _ in range(100):
             if vm_gone := self.vm.slots.get(slot.id) is not slot:
@@ -339,6 +364,8 @@ class Vcpu(Putting):
     def _stale(self, fault: Fault) -> bool:
         """is_page_fault_stale(): did an invalidation begin or end since the snapshot?"""
         vm, world = self.vm, self.world
+        if not world.bugs:
+            return vm.seq != fault.mmu_seq or (vm.in_progress > 0 and self._invalidating(fault.gfn))
         if fault.marked:
             gone = vm.slots.get(fault.slot.id) is not fault.slot if fault.slot else False
             if gone or vm.seq != fault.mmu_seq:
@@ -348,6 +375,10 @@ class Vcpu(Putting):
             # int mmu_seq is compared with the unsigned long of struct kvm: never equal again.
             self._plant("sign_extension", fault, fault.pfn)
             return True
+        if world.bugs and (self._obsolete or world.strikes("obsolete_root")):
+            self._obsolete = True  # kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS) is lost
+            self._plant("obsolete_root", fault, fault.pfn)
+            return True
         return vm.seq != fault.mmu_seq or (vm.in_progress > 0 and self._invalidating(fault.gfn))
 
     def _map(self, fault: Fault, slot: Slot, key: int) -> None:
@@ -356,13 +387,15 @@ class Vcpu(Putting):
         assert page is not None
         fault.stages = (*fault.stages[:4], task.now - task.fault_ts)
         # A constant: under one lock, what is mapped first is also written down first.
-        task.now += 3000
-        large = vm.root.leaves.get(key & ~511)
+        task.now += _MAP_NS
         pfn, level = fault.pfn, self._level(fault, slot)
-        if large is not None and large.level > 1:
-            level = large.level
+        for pages in (512, _GIGANTIC) if slot.mapping.kind.level > 1 else ():
+            large = vm.root.leaves.get(key & -pages)
+            if large is not None and large.pages >= pages:
+                level = large.level
         if level > 1:
-            key, pfn = key & ~511, pfn & ~511
+            pages = 1 << 9 * (level - 1)
+            key, pfn = key & -pages, pfn & -pages
         fault.level = level
         leaf = vm.root.leaves.get(key)
         spte = vm.spte_for(
@@ -383,13 +416,14 @@ class Vcpu(Putting):
         else:  # another page behind the same frame: the old leaf goes first
             vm.zap(task, task.now, leaf, _FAULT)
             task.now += ZAP_NS
+            # Both are written down at once: who maps next must not seem to come between.
+            vm.write_until = max(vm.write_until, task.now - _MAP_NS + 1)
             vm.install(task, task.now, key, level, pfn, page, spte, slot, _FAULT)
         fault.sptes += 1
-        fault.ret = kernel.result("fixed")
+        fault.ret = self._ret_fixed
         if vm.shadow:
             self._prefetch(fault, slot, key)
-        mark = kernel.shadow_fault_mark if vm.shadow else kernel.fault_mark
-        if mark == "locked" and fault.counted:
+        if self._marks == "locked" and fault.counted:
             task.now += 300
             world.out.release(task, task.now, _MARK_ACCESSED, fault.gfn, fault.pfn, page)
 
@@ -397,11 +431,14 @@ class Vcpu(Putting):
         # kvm_mmu_hugepage_adjust(): as large as host page table, slot and alignment allow.
         if self.vm.shadow or slot.mapping.kind.level < 2 or slot.dirty_log:
             return 1
-        first = fault.gfn & ~511
-        fits = first >= slot.base and first + 512 <= slot.end
-        if not fits or (slot.base - slot.first) & 511 or fault.gfn - fault.pfn & 511:
-            return 1
-        return 1 if self.vm.leaves_in(self.vm.root, first, first + 512) else 2
+        for level in range(slot.mapping.kind.level, 1, -1):
+            pages = 1 << 9 * (level - 1)
+            first = fault.gfn & -pages
+            fits = first >= slot.base and first + pages <= slot.end
+            fits = fits and not (slot.base - slot.first | fault.gfn - fault.pfn) & pages - 1
+            if fits and not self.vm.leaves_in(self.vm.root, first, first + pages):
+                return level
+        return 1
 
     def _planted_install(self, fault: Fault, slot: Slot, key: int, level: int, spte: int) -> None:
         world, vm, task = self.world, self.vm, self.task

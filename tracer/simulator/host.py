@@ -86,6 +86,8 @@ KINDS: dict[str, MemoryKind] = {
                    perms="rw-s", smaps=_SHARED),
         MemoryKind("hugetlb", "hugetlb pages of 2M", 9, True, level=2,
                    path="/dev/hugepages/guest", perms="rw-s", smaps=(*_SHARED, "ht")),
+        MemoryKind("hugetlb1g", "hugetlb pages of 1G", 18, True, level=3,
+                   path="/dev/hugepages1G/guest", perms="rw-s", smaps=(*_SHARED, "ht")),
         MemoryKind("readonly", "a private file mapped read-only", writable=False,
                    path="/usr/share/firmware.bin", perms="r--p", smaps=("rd", "mr", "mw", "me")),
         MemoryKind("ttm", "TTM: non-compound blocks, whose tails have count 0", 3, counted=False,

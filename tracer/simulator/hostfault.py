@@ -69,6 +69,8 @@ def populate(host: Host, task: Task, mapping: Mapping, index: int, *, write: boo
         found = (host.zero, host.zero.pfn, False)
         mapping.pages[index] = found
         return found
+    if kind.order > 9:
+        return _gigantic(host, task, mapping, index)
     if kind.compound:
         head = host.alloc(task, kind.order)
         head.flags, head.mapcount = host.flags.settled, 0
@@ -79,6 +81,20 @@ def populate(host: Host, task: Task, mapping: Mapping, index: int, *, write: boo
         return mapping.pages[index]
     page = fresh_page(host, task)
     mapping.pages[index] = (page, page.pfn, kind.writable)
+    return mapping.pages[index]
+
+
+def _gigantic(host: Host, task: Task, mapping: Mapping, index: int) -> Found:
+    """A page of 1G: of its quarter million entries only those that somebody looked at are kept."""
+    order = mapping.kind.order
+    first = index & -(1 << order)
+    block = mapping.blocks.get(first)
+    if block is None:
+        head = host.alloc(task, order)
+        head.flags, head.mapcount, head.lru = host.flags.settled, 0, True
+        block = mapping.blocks[first] = [head]
+        mapping.pages[first] = (head, head.pfn, True)
+    mapping.pages[index] = (block[0], block[0].pfn + index - first, True)
     return mapping.pages[index]
 
 

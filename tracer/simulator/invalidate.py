@@ -30,6 +30,9 @@ def start(world: World, vm: Vm, task: Task, low: int, high: int, event: str) -> 
     if task.now > world.turns.next:
         yield task.now
     vm.active_invalidations += 1
+    for cache in vm.caches:
+        if low <= cache.hva < high:  # gfn_to_pfn_cache_invalidate_start()
+            cache.valid = False
     ranges = covered(vm, low, high)
     if ranges:
         yield from vm.write_lock(task, 500)

@@ -49,6 +49,14 @@ class Kernel:
     bit_tdp, bit_shadow
                     is bit 59 set in SPTEs of counted pages?
     shadow_refuses  without TDP, is a page that cannot be counted refused (-EFAULT)?
+    prefetch_call, prefetch_direct_call
+                    the RELEASE record that the put of a prefetched page makes: in prefetch_gpte(),
+                    for a guest's own page tables, and in direct_pte_prefetch_many(), for a guest
+                    without them; "" is an inline put_page(), which nothing shows
+    recovers_in_place
+                    when dirty logging ends, are large leaves put in place of their pieces at once
+                    (kvm_tdp_mmu_recover_huge_pages()), or only zapped, to be faulted in anew
+                    (kvm_tdp_mmu_zap_collapsible_sptes())?
     retry_call      the RELEASE record that a lockless retry makes when it gives the page back
     spurious_early  is a leaf that allows the access left alone? Before, it is written anew, and
                     make_spte() leaves the dirty bit out over a writable SPTE ("goto out")
@@ -69,6 +77,7 @@ class Kernel:
     results: tuple[str, ...] = _RESULTS_OLD
     shadow_put: str = ""  #: as `put`, where the shadow MMU differs
     prefetch_call: str = "pfn_clean"
+    prefetch_direct_call: str = ""
     fault_mark: str = ""
     shadow_fault_mark: str = ""
     zap_marks: str = "all"
@@ -82,9 +91,11 @@ class Kernel:
     error_in_faultin: bool = False  #: does the fault-in function itself return -EFAULT?
     pin_bias: int = 1
     pin_call: str = "page_dirty"
+    cache_call: str = "pfn_clean"  #: the put in hva_to_pfn_retry() of a pfn cache
     nonpresent: int = 0
     frozen: int = 0x5A0
     teardown_frozen: bool = False  #: do zaps of whole tables leave the frozen value?
+    recovers_in_place: bool = False
     dirty_log_marks: bool = False  #: is a page marked dirty when the log write-protects it?
     alloc_count: int = 1  #: count of a page at mm_page_alloc
     lru_batch: int = 15  #: PAGEVEC_SIZE, include/linux/pagevec.h
@@ -118,13 +129,15 @@ _G0A = Kernel(
     generation="G0a",
     release="6.1.0-sim",
     source="direct_page_fault(), kvm_release_pfn_clean(), arch/x86/kvm/mmu/mmu.c of 6.1.192",
-    put="after_unlock",
-    put_call="pfn_clean",
-    pfnmap="unless_zero",
+    put="after_unlock",  # KVM-FACTS 0.1: kvm_release_pfn_clean(orig_pfn) behind the unlock
+    put_call="pfn_clean",  # KVM-FACTS 1; orig_pfn, not the adjusted one: KVM-FACTS 7 #10
+    pfnmap="unless_zero",  # hva_to_pfn_remapped(), f8be156be163; else -EFAULT: KVM-FACTS 7 #1, #2
     flags=_FLAGS_61,
-    teardown_frozen=True,
-    activates=True,
-    members=("hva",),
+    # results: KVM-FACTS 5.3. lockless_retry is False: "no pre-lock retry", KVM-FACTS 1.
+    # zap_marks is "all": "again accessed/dirty at SPTE zap", KVM-FACTS 0.1.
+    teardown_frozen=True,  # REMOVED_SPTE behind zaps of whole roots: recordings, ARCHITECTURE
+    activates=True,  # mark_page_accessed(), mm/swap.c: recordings show one more reference
+    members=("hva",),  # struct kvm_page_fault: KVM-FACTS 1
 )
 _G0B = dataclasses.replace(
     _G0A,
@@ -134,17 +147,17 @@ _G0B = dataclasses.replace(
     release="6.12.0-sim",
     source="kvm_faultin_pfn(), Linux d02c357e5bfa (lockless retry), mmu.c of 6.12.117",
     flags=_FLAGS_612,
-    results=_RESULTS_NEW,
-    lockless_retry=True,
-    retry_call="pfn_clean",
-    error_in_faultin=True,
-    nonpresent=_NONPRESENT,
-    frozen=_NONPRESENT | 0x5A0,
-    teardown_frozen=False,
-    dirty_log_marks=True,
-    lru_batch=31,
-    activates=False,
-    fault_bits=1 << 32,
+    results=_RESULTS_NEW,  # KVM-FACTS 5.3
+    lockless_retry=True,  # KVM-FACTS 1b: two checks, mmu_invalidate_retry_gfn_unsafe()
+    retry_call="pfn_clean",  # KVM-FACTS 1b: "the second one itself releases the ref"
+    error_in_faultin=True,  # KVM-FACTS 1b: kvm_handle_error_pfn() is inside of kvm_faultin_pfn()
+    nonpresent=_NONPRESENT,  # SHADOW_NONPRESENT_VALUE: KVM-FACTS 5.2
+    frozen=_NONPRESENT | 0x5A0,  # FROZEN_SPTE: KVM-FACTS 5.2
+    teardown_frozen=False,  # recordings, ARCHITECTURE
+    dirty_log_marks=True,  # clear_dirty_pt_masked(): kvm_set_pfn_dirty(), tdp_mmu.c
+    lru_batch=31,  # PAGEVEC_SIZE, include/linux/pagevec.h: recordings, ARCHITECTURE
+    activates=False,  # recordings
+    fault_bits=1 << 32,  # PFERR_GUEST_FINAL_MASK: recordings
 )
 #: The out-of-tree series "KVM: allow mapping non-refcounted pages": bases are 6.4 to 6.8.
 _G1 = dataclasses.replace(
@@ -153,15 +166,15 @@ _G1 = dataclasses.replace(
     flags=_FLAGS_612,
     teardown_frozen=False,
     activates=False,
-    zap_marks="bit",
-    pfnmap="optional",
-    put="faultin",
-    put_call="",
+    zap_marks="bit",  # KVM-FACTS 2.3: readers test the bit, is_refcounted_page_spte()
+    pfnmap="optional",  # KVM-FACTS 2.4 v8, v9: a count of 0 is no error where KVM is guarded
+    put="faultin",  # KVM-FACTS 0.1: v7, v8, v10, v11 put in hva_to_pfn*()
+    put_call="",  # KVM-FACTS 2.7: "no kvm_release_pfn_clean per fault"
     error_in_faultin=True,
-    says_refcounted=True,
-    bit_tdp=True,
-    bit_shadow=True,
-    members=("hva", "is_refcounted_page"),
+    says_refcounted=True,  # KVM-FACTS 2.2: is_refcounted_page of struct kvm_page_fault
+    bit_tdp=True,  # KVM-FACTS 2.3
+    bit_shadow=True,  # KVM-FACTS 2.3: up to v9 "set unconditionally"
+    members=("hva", "is_refcounted_page"),  # KVM-FACTS 2.2
 )
 _V7 = dataclasses.replace(
     _G1,
@@ -169,9 +182,9 @@ _V7 = dataclasses.replace(
     title="series v7: reference put at once; the page is marked accessed outside of mmu_lock",
     release="6.5.0-sim-v7",
     source="KVM-FACTS 2.4 v7; hva_to_pfn*() with !FOLL_GET; kvm_set_page_accessed() unlocked",
-    fault_mark="unlocked",
+    fault_mark="unlocked",  # KVM-FACTS 0.1, 7 #3: "accessed outside lock after ref is gone"
     shadow_fault_mark="unlocked",
-    follow_members=("slot", "gfn", "flags", "allow_write_mapping", "is_refcounted_page"),
+    follow_members=("slot", "gfn", "flags", "allow_write_mapping", "is_refcounted_page"),  # 2.1
 )
 _V8 = dataclasses.replace(
     _G1,
@@ -179,10 +192,10 @@ _V8 = dataclasses.replace(
     title="series v8: reference put at once, except without TDP, where it stays (leak)",
     release="6.5.0-sim-v8",
     source="KVM-FACTS 2.4 v8, 7 #4; FOLL_GET for !tdp whose release was removed",
-    fault_mark="locked",
+    fault_mark="locked",  # KVM-FACTS 0.1: "accessed under lock"
     shadow_fault_mark="locked",
-    shadow_put="never",
-    follow_members=("slot", "gfn", "flags", "try_map_writable", "is_refcounted_page"),
+    shadow_put="never",  # KVM-FACTS 7 #4
+    follow_members=("slot", "gfn", "flags", "try_map_writable", "is_refcounted_page"),  # 2.1
     bugs=("missing_put_shadow",),
 )
 _V9_MAILED = dataclasses.replace(
@@ -191,10 +204,10 @@ _V9_MAILED = dataclasses.replace(
     title="series v9 as mailed: references are taken and never put (leak)",
     release="6.6.0-sim-v9",
     source="KVM-FACTS 2.4 v9, 7 #5; the fault path only marks the page accessed",
-    put="never",
-    fault_mark="locked",
+    put="never",  # KVM-FACTS 0.1, 7 #5
+    fault_mark="locked",  # KVM-FACTS 0.1: "direct/tdp under lock, paging_tmpl outside"
     shadow_fault_mark="unlocked",
-    follow_members=(
+    follow_members=(  # KVM-FACTS 2.1
         "slot", "gfn", "flags", "try_map_writable", "is_refcounted_page",
         "allow_non_refcounted_struct_page",
     ),
@@ -206,9 +219,9 @@ _V9 = dataclasses.replace(
     title="series v9 corrected: kvm_release_page_clean() after mmu_lock",
     release="6.6.0-sim-v9c",
     source="KVM-FACTS 0.1 v9 corrected; kvm_release_page_clean(pfn_to_page(fault->pfn))",
-    put="after_unlock",
-    put_call="page_clean",
-    fault_mark="",
+    put="after_unlock",  # KVM-FACTS 0.1
+    put_call="page_clean",  # KVM-FACTS 0.1; recordings of the port to 6.12
+    fault_mark="",  # "at release": kvm_release_page_clean() marks by itself
     shadow_fault_mark="",
     bugs=(),
 )
@@ -218,13 +231,13 @@ _V10 = dataclasses.replace(
     title="series v10: reference put in kvm_follow_refcounted_pfn(); bit 59 only with TDP",
     release="6.8.0-sim-v10",
     source="KVM-FACTS 2.2, 2.3 v10; spte_has_refcount_bit(), fault->accessed_page under mmu_lock",
-    fault_mark="locked",
+    fault_mark="locked",  # KVM-FACTS 0.1: kvm_set_page_accessed(fault->accessed_page) under lock
     shadow_fault_mark="locked",
-    says_refcounted=False,
-    bit_shadow=False,
-    shadow_refuses=True,
-    members=("hva", "accessed_page"),
-    follow_members=("slot", "gfn", "flags", "try_map_writable", "refcounted_page"),
+    says_refcounted=False,  # KVM-FACTS 2.2: accessed_page holds no reference
+    bit_shadow=False,  # KVM-FACTS 2.3: spte_has_refcount_bit()
+    shadow_refuses=True,  # KVM-FACTS 2.3: "refuse non-refcounted pages" without the bit
+    members=("hva", "accessed_page"),  # KVM-FACTS 2.2
+    follow_members=("slot", "gfn", "flags", "try_map_writable", "refcounted_page"),  # 2.1
 )
 _V11 = dataclasses.replace(
     _V10,
@@ -240,23 +253,26 @@ _G2 = dataclasses.replace(
     generation="G2",
     release="7.3.0-sim",
     source="kvm_mmu_finish_page_fault(), Linux 8dd861cc07e2, 1c7b627e9306; mmu.c of 7.3.4",
-    put="locked",
-    put_call="finish_fault",
-    # kvm_mmu_finish_page_fault() is inlined into kvm_mmu_faultin_pfn()
+    put="locked",  # KVM-FACTS 0.1, 3: kvm_mmu_finish_page_fault() before the unlock
+    put_call="finish_fault",  # KVM-FACTS 3
+    # kvm_mmu_finish_page_fault() is inlined into kvm_mmu_faultin_pfn(): recordings
     retry_call="",
-    spurious_early=True,
-    prefetch_call="page_dirty",
-    pfnmap="none",
+    spurious_early=True,  # KVM-FACTS 4: "7.x early SPURIOUS returns emit nothing"
+    prefetch_call="page_dirty",  # KVM-FACTS 3: kvm_mmu_prefetch_sptes()
+    prefetch_direct_call="page_dirty",  # the same function
+    pfnmap="none",  # KVM-FACTS 0.1: "PFNMAP takes none"
     flags=_FLAGS_73,
-    zap_marks="none",
-    says_refcounted=True,
-    pin_bias=1024,
-    pin_call="",
-    frozen=_NONPRESENT | 0x1A0,
-    dirty_log_marks=False,
-    alloc_count=0,
-    members=("refcounted_page",),
-    follow_members=("slot", "gfn", "hva", "flags", "pin", "map_writable", "refcounted_page"),
+    zap_marks="none",  # KVM-FACTS 0.1: "zap/age touch no struct page"
+    says_refcounted=True,  # KVM-FACTS 3: refcounted_page of struct kvm_page_fault
+    pin_bias=1024,  # 2bcb52a3602b, FOLL_PIN: KVM-FACTS 3, 6
+    pin_call="",  # unpin_user_page(): KVM-FACTS 3
+    cache_call="page_clean",  # 3154ddcb6a90: KVM-FACTS 3
+    frozen=_NONPRESENT | 0x1A0,  # KVM-FACTS 5.2
+    dirty_log_marks=False,  # 365e31920844: "dirty decided at map time", KVM-FACTS 3
+    recovers_in_place=True,  # kvm_tdp_mmu_recover_huge_pages(): recordings, ARCHITECTURE
+    alloc_count=0,  # mm_page_alloc is before the count is set: recordings
+    members=("refcounted_page",),  # KVM-FACTS 3: offset 64, where hva was
+    follow_members=("slot", "gfn", "hva", "flags", "pin", "map_writable", "refcounted_page"),  # 3
 )
 
 #: All kernels that can be simulated, oldest idea first.

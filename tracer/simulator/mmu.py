@@ -12,15 +12,21 @@ from tracer.simulator.kernels import REFCOUNTED_BIT, Kernel
 from tracer.simulator.ledger import Ledger
 from tracer.simulator.recorder import CALL, CAUSE, OP, Recorder
 
-__all__ = ("ALIAS", "ZAP_NS", "Leaf", "Root", "Slot", "Vm", "World")
+__all__ = ("ALIAS", "SPLIT", "ZAP_NS", "Leaf", "PfnCache", "Root", "Slot", "Vm", "World")
 
 #: Leaves of the shadow MMU are found by guest virtual page: gfn plus a number of the alias.
 ALIAS = 44
 _GFN = (1 << ALIAS) - 1
+_TEARDOWN = CAUSE["teardown"]
 _INSTALL, _CHANGE, _ZAP = OP["install"], OP["change"], OP["zap"]
 _MARK_ACCESSED, _MARK_DIRTY = CALL["mark_accessed"], CALL["mark_dirty"]
-_CAUSES = {number: name for name, number in CAUSE.items()}
+#: How a leaf came that has no install of its own: a large one was split.
+SPLIT = -1
+_CAUSES = {number: name for name, number in CAUSE.items()} | {SPLIT: "split"}
 _ACCESSED, _DIRTY, _WRITABLE, _LARGE = 0x20, 0x40, 0x2, 0x80
+#: handle_changed_spte() comes to the dirty bit first, the rmap code of the shadow MMU does last.
+_MARKS_TDP = ((_MARK_DIRTY, _DIRTY), (_MARK_ACCESSED, _ACCESSED))
+_MARKS_SHADOW = tuple(reversed(_MARKS_TDP))
 #: A leaf costs so much time to zap (ns), and mmu_lock is offered to others after so many.
 ZAP_NS = 1500
 _ZAPS_AT_ONCE = 256
@@ -86,17 +92,33 @@ class Leaf:
         self.slot_id: int | None = 0
         self.birth: tuple[object, ...] = ()
 
+    @property
+    def pages(self) -> int:
+        """How many 4K pages it maps."""
+        return 1 << 9 * (self.level - 1)
+
 
 class Root:
     """One tree of SPTEs; after a fast zap-all it is invalid, and reached by nobody new."""
 
-    __slots__ = ("leaves", "tables", "valid")
+    __slots__ = ("leaves", "split", "tables", "valid")
 
     def __init__(self) -> None:
         self.leaves: dict[int, Leaf] = {}
         #: 2M leaves by gfn >> 9 stand in `leaves` under their first gfn
         self.tables: dict[int, int] = {}
+        #: tables in place of large leaves that were split: first key -> the entry that leads there
+        self.split: dict[int, int] = {}
         self.valid = True
+
+
+class PfnCache:
+    """A gfn_to_pfn_cache; `valid` until the mmu notifier takes its page."""
+
+    __slots__ = ("gfn", "hva", "valid")
+
+    def __init__(self, gfn: int, hva: int) -> None:
+        self.gfn, self.hva, self.valid = gfn, hva, False
 
 
 class Vm:
@@ -118,6 +140,9 @@ class Vm:
         self.root = Root()
         self.old_roots: list[Root] = []
         self.tasks: list[Task] = []
+        self.caches: list[PfnCache] = []
+        #: are there slots that may be mapped 1G at a time?
+        self.gigantic = False
         self._next_table = 0xFF11000200000000 + (number << 32)
 
     # --- slots -----------------------------------------------------------------------------------
@@ -125,6 +150,7 @@ class Vm:
     def add_slot(self, slot: Slot) -> None:
         """Let vCPUs find the slot."""
         self.slots[slot.id] = slot
+        self.gigantic |= slot.mapping.kind.level > 2
         self._at = sorted(self.slots.values(), key=lambda s: s.base)
 
     def drop_slot(self, slot: Slot) -> None:
@@ -157,13 +183,17 @@ class Vm:
 
     # --- leaves ----------------------------------------------------------------------------------
 
+    def new_table(self) -> int:
+        """Return the address of a new page table."""
+        table = self._next_table
+        self._next_table += 4096
+        return table
+
     def _sptep(self, root: Root, key: int, level: int) -> int:
         shift = 9 * level
         table = root.tables.get(key >> shift)
         if table is None:
-            table = self._next_table
-            self._next_table += 4096
-            root.tables[key >> shift] = table
+            table = root.tables[key >> shift] = self.new_table()
         return table + (key >> (shift - 9) & 511) * 8
 
     def spte_for(self, pfn: int, *, writable: bool, host_writable: bool, level: int,
@@ -185,9 +215,9 @@ class Vm:
 
     def install(
         self, task: Task, ts: int, key: int, level: int, pfn: int, page: Page, spte: int,
-        slot: Slot, cause: int, root: Root | None = None,
+        slot: Slot, cause: int, root: Root | None = None, *, old: int | None = None,
     ) -> Leaf:  # fmt: skip
-        """Write a leaf where there was none."""
+        """Write a leaf where there was none, or (`old`) a table of leaves."""
         root = root or self.root
         leaf = Leaf(root, key, level, spte, pfn, page)
         leaf.sptep = self._sptep(root, key, level) if self.shadow else 0
@@ -196,7 +226,8 @@ class Vm:
             there = self.slot_at(leaf.gfn)
             leaf.slot_id = there.id if there is not None else None
         seq = self.world.out.spte(
-            task, ts, _INSTALL, leaf.gfn, pfn, self.world.kernel.nonpresent, spte, leaf.sptep,
+            task, ts, _INSTALL, leaf.gfn, pfn,
+            self.world.kernel.nonpresent if old is None else old, spte, leaf.sptep,
             level, slot.as_id, cause, self.mmu, page,
         )  # fmt: skip
         leaf.birth = (ts, cause, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
@@ -226,7 +257,9 @@ class Vm:
             task.now = ts + 400
             self.world.out.release(task, task.now, _MARK_DIRTY, gfn, leaf.pfn, leaf.page)
 
-    def zap(self, task: Task, ts: int, leaf: Leaf, cause: int, *, new: int = -1) -> None:
+    def zap(
+        self, task: Task, ts: int, leaf: Leaf, cause: int, *, new: int = -1, ended_by: str = ""
+    ) -> None:
         """Take a leaf away, and mark its page as the kernel does."""
         world, kernel, page = self.world, self.world.kernel, leaf.page
         if new < 0:
@@ -235,7 +268,8 @@ class Vm:
             task, ts, _ZAP, leaf.gfn, leaf.pfn, leaf.spte, new, leaf.sptep, leaf.level, leaf.as_id,
             cause, self.mmu, page,
         )  # fmt: skip
-        self.close(leaf, ts, cause, task, seq, "teardown" if cause == CAUSE["teardown"] else "zap")
+        ended_by = ended_by or ("teardown" if cause == _TEARDOWN else "zap")
+        self.close(leaf, ts, cause, task, seq, ended_by)
         if kernel.zap_marks == "all" or (
             kernel.zap_marks == "bit" and (leaf.spte & REFCOUNTED_BIT or not self._has_bit(kernel))
         ):
@@ -245,14 +279,12 @@ class Vm:
         return kernel.bit_shadow if self.shadow else kernel.bit_tdp
 
     def _mark(self, task: Task, ts: int, leaf: Leaf) -> None:
-        # TDP: handle_changed_spte() comes to the dirty bit first; rmap code to the accessed bit.
-        marks = [(_MARK_DIRTY, _DIRTY), (_MARK_ACCESSED, _ACCESSED)]
-        page = leaf.page
-        for call, bit in reversed(marks) if self.shadow else marks:
-            if leaf.spte & bit:
+        page, spte, release = leaf.page, leaf.spte, self.world.out.release
+        for call, bit in _MARKS_SHADOW if self.shadow else _MARKS_TDP:
+            if spte & bit:
                 ts += 400
-                self.world.out.release(task, ts, call, 0, leaf.pfn, page)
-                if call == _MARK_DIRTY and page.lru and page.count > 0:
+                release(task, ts, call, 0, leaf.pfn, page)
+                if bit == _DIRTY and page.lru and page.count > 0:
                     page.flags = self.world.kernel.flags.marked
 
     def close(self, leaf: Leaf, ts: int | None, cause: int, task: Task | None, seq: int,
@@ -293,9 +325,10 @@ class Vm:
         found = []
         for alias in range(self.aliases):
             high = alias << ALIAS
-            large = leaves.get((first & ~511) + high)
-            if large is not None and large.level > 1 and first & 511:
-                found.append(large)
+            for pages in (512, 1 << 18):
+                large = leaves.get((first & -pages) + high)
+                if large is not None and first & pages - 1 and large.gfn + large.pages > first:
+                    found.append(large)
             for gfn in range(first, last):
                 leaf = leaves.get(gfn + high)
                 if leaf is not None:

@@ -12,7 +12,9 @@ from tracer.simulator.host import Host, Mapping, Page
 from tracer.simulator.hostfault import populate
 from tracer.simulator.invalidate import end, start
 from tracer.simulator.mmu import Root, Slot, Vm, World
+from tracer.simulator.pfncache import pfncache
 from tracer.simulator.recorder import CALL, CAUSE
+from tracer.simulator.split import recover, split
 
 __all__ = ("VERBS", "create_slot", "create_vm", "destroy_vm", "discard_range")
 
@@ -21,6 +23,8 @@ _TEARDOWN = CAUSE["teardown"]
 _MARK_DIRTY = CALL["mark_dirty"]
 #: KVM_MEM_LOG_DIRTY_PAGES, include/uapi/linux/kvm.h.
 _LOG_DIRTY = 1
+#: How long a look at a page takes that leads to nothing.
+_LOOK_NS = 2000
 #: Pages of one madvise() or of one shrinker's round.
 _PAGES = 64
 
@@ -124,6 +128,9 @@ def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
         index = world.dice.below(mapping.npages)
         entry = mapping.pages.get(index)
         if entry is None or not entry[2] or entry[0].order or slot.id not in vm.slots:
+            task.now += _LOOK_NS  # nothing to merge here: the next page
+            if task.now > world.turns.next:
+                yield task.now
             continue
         hva = mapping.hva + (index << 12)
         yield from start(world, vm, task, hva, hva + 4096, "clear")
@@ -191,13 +198,19 @@ def dirty_log(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]
     if task.now > world.turns.next:
         yield task.now
     _slot(world, vm, task, slot, "flags")
+    yield from recover(world, vm, task, slot)
 
 
 def _write_protect(world: World, vm: Vm, task: Task, slot: Slot) -> Story:
     leaves = vm.leaves_in(vm.root, slot.base, slot.end)
     large = [leaf for leaf in leaves if leaf.level > 1]
-    if large:  # without eager splitting a large leaf goes, and comes back in 4K pieces
-        yield from vm.zap_range(task, large, _DIRTY_LOG)
+    for leaf in large:
+        yield from vm.write_lock(task, 8000)
+        if leaf.root.leaves.get(leaf.key) is leaf:
+            split(vm, task, task.now, leaf, _DIRTY_LOG)
+            task.now += 6000
+    if large:
+        leaves = vm.leaves_in(vm.root, slot.base, slot.end)
     for at in range(0, len(leaves), 256):
         yield from vm.write_lock(task, 256 * 700)
         for leaf in leaves[at : at + 256]:
@@ -226,6 +239,7 @@ def pin(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> S
             entry = (entry_made[0], entry_made[1], entry_made[2])
         page, pfn, writable = entry
         if not writable or page.count <= 0:
+            task.now += _LOOK_NS
             continue
         gfn, hva = slot.base + index - slot.first, 0xFF11000000000000 + (pfn << 12)
         page.count += kernel.pin_bias
@@ -267,6 +281,9 @@ def delete_slot(world: World, vm: Vm, task: Task, slot: Slot, moved: Slot | None
     yield from _settled(world, vm, task)
     slot.valid = False
     task.now += 200_000  # synchronize_srcu()
+    if world.strikes("invalid_slot"):  # a reader that does not come out of its section
+        task.now += 2_000_000_000
+        yield task.now
     yield from vm.write_lock(task, 800)
     root, vm.root = vm.root, Root()
     root.valid = False
@@ -319,7 +336,8 @@ def sleep(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
 
 #: Verb of a scenario file -> story; the first line of its docstring is its help.
 VERBS: dict[str, Callable[[World, Vm, Task, Slot, dict[str, Any]], Story]] = {
-    verb.__name__: verb for verb in (discard, merge, storm, age, dirty_log, pin, churn, move, sleep)
+    verb.__name__: verb
+    for verb in (discard, merge, storm, age, dirty_log, pin, pfncache, churn, move, sleep)
 }
 
 

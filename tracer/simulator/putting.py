@@ -21,8 +21,8 @@ class Putting:
 
     def __init__(self, world: World, vm: Vm, task: Task) -> None:
         self.world, self.vm, self.task = world, vm, task
-        #: starts an invalidation of one page by another task, for planted races
-        self.race: Callable[[Vm, Slot, int, int], None] = lambda vm, slot, gfn, at: None
+        #: starts an invalidation of one page by another task, for planted races; frees it too?
+        self.race: Callable[[Vm, Slot, int, int, bool], None] = lambda *_: None
 
     def _forgets(self, fault: Fault) -> bool:
         """Does a planted bug keep the reference?"""
@@ -86,7 +86,7 @@ class Putting:
         assert page is not None and slot is not None
         raced = not slot.mapping.kind.driver and world.strikes("use_after_put")
         if raced:
-            self.race(self.vm, slot, fault.gfn, task.now)
+            self.race(self.vm, slot, fault.gfn, task.now, True)
             task.now += 30_000
             yield task.now
             if page.freed_at >= task.fault_ts:

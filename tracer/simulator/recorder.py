@@ -156,7 +156,12 @@ class Recorder:
         store.count = at + 1
         seq = task.seq
         task.seq = seq + 1
-        head = _HEAD.pack(task.cpu, kind, 0, task.tid, task.tgid, page.vm, -1, -1, 0)
+        key = (kind << 8) | (page.vm << 16)
+        head = task.heads.get(key)
+        if head is None:
+            head = task.heads[key] = _HEAD.pack(
+                task.cpu, kind, 0, task.tid, task.tgid, page.vm, -1, -1, 0
+            )
         PAGE_LAYOUT.pack_into(
             store.data, at * 120, ts, 0, seq, head, page.pfn, page.block, page.flags, page.count,
             page.mapcount, page.bits, page.order,

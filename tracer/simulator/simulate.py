@@ -19,6 +19,7 @@ from tracer.simulator.fault import Vcpu
 from tracer.simulator.host import KINDS, Host, Page
 from tracer.simulator.host import Mapping as HostMapping
 from tracer.simulator.hostile import HOSTILE, Hostile, parse_hostile
+from tracer.simulator.invalidate import invalidate
 from tracer.simulator.kernels import KERNELS, facts_of, profile_of
 from tracer.simulator.ledger import Ledger, truth_paths
 from tracer.simulator.mmu import Slot, Vm, World
@@ -227,7 +228,7 @@ class _Simulation:
             npages = memory.npages(self._knobs.pages)
             kind = KINDS[memory.kind]
             if kind.order or kind.level > 1:
-                npages = max(512, npages & ~511)
+                npages = max(1 << kind.order, 512, npages & -max(1 << kind.order, 512))
             mapping = HostMapping(memory.name, kind, hva, npages)
             hva += (npages << 12) + (1 << 30) & ~((1 << 21) - 1)
             slot = Slot(number, memory.gfn, npages, mapping, 0, memory.flags)
@@ -314,14 +315,21 @@ class _Simulation:
                 break
         self._world.touching -= 1
 
-    def _race(self, vm: Vm, slot: Slot, gfn: int, at: int) -> None:
-        """Free one page behind the back of a fault: the race that a planted bug needs."""
+    def _race(self, vm: Vm, slot: Slot, gfn: int, at: int, frees: bool) -> None:
+        """Invalidate one page behind the back of a fault: the race that a planted bug needs."""
         if self._busy:
             return
         self._busy = True
         task = self._helpers[-1]
         task.now = max(task.now, at)
-        self._turns.start(self._racing(task, slot, gfn - slot.base + slot.first), task.now)
+        index = gfn - slot.base + slot.first
+        story = self._racing(task, slot, index) if frees else self._storming(task, slot, index)
+        self._turns.start(story, task.now)
+
+    def _storming(self, task: Task, slot: Slot, index: int) -> Story:
+        hva = slot.mapping.hva + (index << 12)
+        yield from invalidate(self._world, self._vm, task, hva, hva + 4096, "protection_page")
+        self._busy = False
 
     def _racing(self, task: Task, slot: Slot, index: int) -> Story:
         for one in (task, *self._vm.tasks):  # lru_add_drain_all(): no batch keeps the page

@@ -3,7 +3,7 @@
 Accesses, host pages and invalidations are taken as recorded; mappings, references, refusals and
 the kernel's work on struct pages are counted for both. A guest whose fault is refused ends there
 on a real kernel, so that what it did afterwards is an estimate.
-May import: standard library, `tracer.simulator.kernels`.
+May import: standard library, `tracer.simulator`.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tracer.simulator.kernels import Kernel
+from tracer.simulator.replayleaves import Sight
 
 __all__ = ("Difference", "WhatIf")
 
@@ -53,17 +54,22 @@ class Difference:
         for name, (here, there) in self.counts.items():
             yield f"{name.replace('_', ' '):<28} {here:>10,} {there:>10,}"
         if self.only_there:
-            yield f"{self.only_there:,} guest frames that were refused would be mapped"
+            yield f"{_frames(self.only_there)} refused here would be mapped there"
         if self.only_here:
-            yield f"{self.only_here:,} guest frames that were mapped would be refused (EFAULT)"
+            yield f"{_frames(self.only_here)} mapped here would be refused there (EFAULT)"
             vm, gfn = self.first_refusals[0]
             yield f"the first: VM {vm}, gfn {gfn:#x}"
+
+
+def _frames(count: int) -> str:
+    return f"{count:,} guest frame{'s' if count != 1 else ''}"
 
 
 class WhatIf:
     """Counts for two kernels while the records go by."""
 
-    def __init__(self, here: Kernel, there: Kernel) -> None:
+    def __init__(self, here: Kernel, there: Kernel, sight: Sight) -> None:
+        self._hardware = (sight.accessed, sight.dirty)
         self._kernels = (here, there)
         self._sides = (_Side(), _Side())
         self._mapped: tuple[set[tuple[int, int]], set[tuple[int, int]]] = (set(), set())
@@ -75,9 +81,16 @@ class WhatIf:
         if row["kind"] == "FAULT" and row["faultin_ret"] not in (-1, 1):
             self._fault(row)
         elif row["kind"] == "SPTE" and row["op"] == "zap":
-            for kernel, side in zip(self._kernels, self._sides, strict=True):
-                if kernel.zap_marks == "all" or (kernel.zap_marks == "bit" and row["refcount"]):
-                    side.marks += 2
+            self._zap(row)
+
+    def _zap(self, row: Row) -> None:
+        """Count what a zap marks: the SPTE's accessed and dirty bits, where there is a leaf."""
+        marks = sum(bool(row["old"] & bit) for bit in self._hardware)
+        for at, (kernel, side) in enumerate(zip(self._kernels, self._sides, strict=True)):
+            if (row["vm"], row["gfn"]) in self._refused[at]:
+                continue
+            if kernel.zap_marks == "all" or (kernel.zap_marks == "bit" and row["refcount"]):
+                side.marks += marks
 
     def _fault(self, row: Row) -> None:
         if row["slot"] is None or row["page_bits"] is None:

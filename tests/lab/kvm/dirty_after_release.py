@@ -1,12 +1,30 @@
 """A page is marked dirty after its reference is gone and mmu_lock is released.
 
-In which generation: 6.12 (G0). It stands for v7 of the series, which touched the page outside
-mmu_lock when its reference was gone (KVM-FACTS 7, bug 3). A trace must show: the page's release,
-its free, and only then mark_dirty by the same fault's task.
+In which generation: 6.12 (G0) and 7.3 (G2, which has its function for that inlined: here it gets a
+symbol). It stands for v7 of the series, which touched the page outside mmu_lock when its reference
+was gone (KVM-FACTS 7, bug 3). A trace must show: the page's release, its free, and only then
+mark_dirty by the same fault's task.
 """
 
 from ..kvmchange import Change, Edit
-from ._sites import MMU, RELEASE
+from ._sites import MAIN, MMU, RELEASE
+
+# Not inlined: with more code in kvm_tdp_mmu_page_fault() gcc inlines kvm_tdp_page_fault() into its
+# caller instead, and its probe would see nothing.
+LATE = r"""void kvm_set_page_dirty(struct page *page);
+static noinline void lab_late_dirty(struct kvm_page_fault *fault, int r)
+{
+	if (!fault->refcounted_page || r != RET_PF_FIXED || !lab_turn())
+		return;
+	lab_sleep();
+	if (!page_count(fault->refcounted_page))
+		lab_happened(fault->gfn, page_to_pfn(fault->refcounted_page));
+	kvm_set_page_dirty(fault->refcounted_page);
+}
+
+"""
+SET_DIRTY = "void kvm_set_page_dirty(struct page *page)"
+TDP_FAULT = "static int kvm_tdp_mmu_page_fault("
 
 CHANGE = Change(
     name="dirty-after-release",
@@ -27,6 +45,16 @@ CHANGE = Change(
                 " && lab_turn()) { lab_sleep(); if (!page_count(pfn_to_page(orig_pfn)))"
                 " lab_happened(fault->gfn, orig_pfn); kvm_set_pfn_dirty(orig_pfn); }",
             ),
+        ),
+        "7.3": (
+            Edit(MAIN, "", f"static {SET_DIRTY}", f"{SET_DIRTY};\n{SET_DIRTY}"),
+            Edit(
+                MMU,
+                "kvm_tdp_mmu_page_fault",
+                f"{RELEASE['7.3']} read_unlock(&vcpu->kvm->mmu_lock);",
+                r"\g<0> lab_late_dirty(fault, r);",
+            ),
+            Edit(MMU, "kvm_tdp_mmu_page_fault", TDP_FAULT, f"{LATE}{TDP_FAULT}"),
         ),
     },
 )

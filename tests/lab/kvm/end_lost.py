@@ -20,8 +20,8 @@ CHANGE = Change(
     title="the end of an invalidation is not counted",
     stands_for="an unpaired invalidation (KVM-FACTS 7: 12a)",
     shows="faults of one range retried without end, in_progress above 0",
-    workload="timeout 2 prime-guest --repeat 20",
-    found_by=("livelock", "unpaired"),
-    every=4,
+    workload="timeout 6 prime-guest --pages 61 --repeat 20",
+    found_by=("livelock",),
+    every=2,
     edits={"6.12": (EDIT,), "7.3": (EDIT,)},
 )

@@ -18,6 +18,6 @@ CHANGE = Change(
     stands_for="the adjusted pfn of huge pages (KVM-FACTS 7: 10; v7 above 4K)",
     shows="refcount of the head one too high after faults of level 2 only",
     workload="prime-guest --huge --base 0x200000 --pages 8192 --repeat 3",
-    found_by=("balance", "growth"),
+    found_by=("balance",),
     edits={kernel: at_release(kernel, CODE) for kernel in ("6.12", "7.3")},
 )

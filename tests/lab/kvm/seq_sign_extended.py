@@ -36,7 +36,7 @@ CHANGE = Change(
     title="the invalidation count is sign-extended before it is compared",
     stands_for="the livelock of 2023, Linux ba6e3fe25543 (KVM-FACTS 7: 11)",
     shows="one fault without end: good pfn, RETRY, no install, no invalidation",
-    workload="timeout 2 prime-guest --repeat 20",
+    workload="timeout 6 prime-guest --pages 61 --repeat 20",
     found_by=("livelock",),
     edits={"6.12": EDITS, "7.3": EDITS},
 )

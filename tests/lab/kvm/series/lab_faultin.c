@@ -8,7 +8,7 @@ static kvm_pfn_t lab_follow(struct kvm_page_fault *fault, unsigned int flags)
 		.flags = flags | (fault->write ? FOLL_WRITE : 0),
 		.try_map_writable = true,
 		.guarded_by_mmu_notifier = true,
-		.allow_non_refcounted_struct_page = lab_has_refcount_bit(),
+		LAB_ALLOW_NON_REFCOUNTED(lab_has_refcount_bit())
 	};
 	kvm_pfn_t pfn;
 

@@ -6,7 +6,9 @@
 
 /* May a caller that no mmu notifier guards use a pfn that nothing keeps alive? */
 static bool allow_unsafe_mappings;
+#if LAB_SERIES >= 9
 module_param(allow_unsafe_mappings, bool, 0444);
+#endif
 
 /* A page that fault-in holds a reference of: hand it over or give it back. */
 static kvm_pfn_t kvm_follow_refcounted_pfn(struct kvm_follow_pfn *kfp, struct page *page)
@@ -85,7 +87,7 @@ static int hva_to_pfn_remapped(struct vm_area_struct *vma, struct kvm_follow_pfn
 	if (page && get_page_unless_zero(page)) {
 		refcounted = true;
 		*found = kvm_follow_refcounted_pfn(kfp, page);
-	} else if (page && !kfp->allow_non_refcounted_struct_page) {
+	} else if (page && !lab_allows_non_refcounted(kfp)) {
 		/* A struct page that nobody counts: the caller could not tell. */
 		error = -EFAULT;
 	}

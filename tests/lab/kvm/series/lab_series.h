@@ -16,11 +16,16 @@ struct kvm_follow_pfn {
 	/* FOLL_WRITE, FOLL_NOWAIT, FOLL_INTERRUPTIBLE; FOLL_GET: the caller wants the reference. */
 	unsigned int flags;
 	bool atomic;
-	/* A read may come back writable. */
+	/* A read may come back writable; v7 had another name for it. */
+#if LAB_SERIES == 7
+#define try_map_writable allow_write_mapping
+#endif
 	bool try_map_writable;
 	/* The caller drops the pfn when the mmu notifier says so. */
 	bool guarded_by_mmu_notifier;
+#if LAB_SERIES >= 9
 	bool allow_non_refcounted_struct_page;
+#endif
 
 	hva_t hva;
 	bool writable;
@@ -44,6 +49,15 @@ static inline bool lab_keeps_reference(unsigned int flags)
 {
 	return LAB_SERIES == 9 || flags & FOLL_GET;
 }
+
+/* May the caller get a page that nobody counts? Before v9 those that ask for no reference may. */
+#if LAB_SERIES >= 9
+#define LAB_ALLOW_NON_REFCOUNTED(value) .allow_non_refcounted_struct_page = (value),
+#define lab_allows_non_refcounted(kfp) ((kfp)->allow_non_refcounted_struct_page)
+#else
+#define LAB_ALLOW_NON_REFCOUNTED(value)
+#define lab_allows_non_refcounted(kfp) (!((kfp)->flags & FOLL_GET))
+#endif
 
 static inline struct page *lab_page(const struct kvm_follow_pfn *kfp, kvm_pfn_t pfn)
 {

@@ -6,7 +6,7 @@ int kvm_vcpu_map(struct kvm_vcpu *vcpu, gfn_t gfn, struct kvm_host_map *map)
 		.slot = gfn_to_memslot(vcpu->kvm, gfn),
 		.gfn = gfn,
 		.flags = FOLL_WRITE | FOLL_GET,
-		.allow_non_refcounted_struct_page = true,
+		LAB_ALLOW_NON_REFCOUNTED(true)
 	};
 	struct page *page = KVM_UNMAPPED_PAGE;
 	kvm_pfn_t pfn = __kvm_follow_pfn(&kfp);

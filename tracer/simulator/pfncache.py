@@ -1,0 +1,66 @@
+"""gfn_to_pfn_cache: a guest page that KVM maps for itself and lets the mmu notifier take away.
+
+Unlike kvm_vcpu_map() it keeps no reference between refreshes: hva_to_pfn_retry(), virt/kvm/
+pfncache.c, gives back what it got as soon as nothing was invalidated meanwhile. The cache has an
+invalidation of its own, gfn_to_pfn_cache_invalidate_start(), before the MMU's.
+May import: standard library, `tracer.simulator`.
+"""
+
+from typing import Any
+
+from tracer.simulator.clock import Story, Task
+from tracer.simulator.hostfault import host_fault
+from tracer.simulator.mmu import PfnCache, Slot, Vm, World
+from tracer.simulator.recorder import CALL
+
+__all__ = ("pfncache",)
+
+
+def pfncache(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
+    """pfncache: use some caches again and again, and refresh those that were invalidated."""
+    caches = [PfnCache(slot.base + 3 * at, slot.hva + (3 * at << 12)) for at in range(4)]
+    vm.caches += caches
+    times, number = args.get("times", 32), 0
+    while world.touching > 0 if times == "busy" else number < int(times):
+        cache = caches[number % len(caches)]
+        number += 1
+        if task.now > world.turns.next:
+            yield task.now
+        if vm.slots.get(slot.id) is not slot:
+            break
+        if not cache.valid:
+            yield from _refresh(world, vm, task, slot, cache)
+        task.now += int(args.get("every_us", 200)) * 1000
+    for cache in caches:
+        vm.caches.remove(cache)
+
+
+def _refresh(world: World, vm: Vm, task: Task, slot: Slot, cache: PfnCache) -> Story:
+    """__kvm_gpc_refresh(): look the page up until no invalidation came between."""
+    kernel, index = world.kernel, cache.gfn - slot.base + slot.first
+    while True:
+        seq = vm.seq
+        page, pfn, writable = slot.mapping.pages.get(index) or (None, 0, False)
+        if page is None or not writable:
+            page, pfn, writable = yield from host_fault(
+                world, vm, task, slot.mapping, index, write=True
+            )
+        if page is None:
+            return
+        page.count += 1
+        got = task.now
+        task.now += 4000
+        if task.now > world.turns.next:
+            yield task.now
+        again = vm.seq != seq or vm.in_progress > 0
+        put = task.now
+        world.out.release(task, put, CALL[kernel.cache_call], 0, pfn, page)
+        world.host.put(task, page)
+        world.ledger.references.append((vm.id, -1, "pfncache", cache.gfn, pfn, None, got, put, pfn))
+        task.now += 600
+        if not again:
+            break
+        task.now += 2000
+    cache.valid = True
+    world.out.event(task, task.now, "PIN", "refresh", gfn=cache.gfn, pfn=pfn, b=cache.hva,
+                    page=page, vm=vm.id)  # fmt: skip
