@@ -262,19 +262,26 @@ class Balance:
     def _extra(self) -> Finding:
         # In a kernel whose faults hold nothing any more when fault-in has returned.
         dropped = "KVM put a page in a fault that held no reference to it"
+        known = self._recording.semantics.put == "at fault-in"
+        # Else the faults that put nothing must tell, and their records may be lost.
+        verdict, loss = ("definite", None)
+        if not known:
+            absent = self._absent["all"]
+            verdict, loss = loss_verdict("probable", self._recording, absent, "RELEASE")
         return self._given.finding(
             self,
             self._recording,
-            "definite" if self._recording.semantics.put == "at fault-in" else "probable",
+            verdict,
             f"{dropped}, but others do: {plural(self._given.pages, 'page')}",
             functions=("kvm_faultin_pfn", "kvm_release_pfn_clean"),
             innocent=(
                 Innocent(
                     "this version of the series puts the page at the end of the fault",
                     "no: the kernel's own structures are of one that puts it before"
-                    if self._recording.semantics.put == "at fault-in"
+                    if known
                     else f"no: {self._absent['all']:,} other faults put nothing",
                 ),
+                loss,
             ),
             detail={"judged": self._judged["all"], "put": self._given.count},
         )

@@ -122,8 +122,9 @@ class Livelock:
     def feed(self, chunk: Chunk) -> None:
         """Take the next span of time."""
         faults = chunk["FAULT"]
-        self._counts.feed(chunk["INVALIDATE"])
         vms = chunk["VM"]
+        self._counts.created(vms["vm"][vms["op"] == code("op", "create")].tolist())
+        self._counts.feed(chunk["INVALIDATE"])
         self._gone |= set(vms["vm"][vms["op"] == code("op", "delete")].tolist())
         self._end = max(self._end, chunk.ts_to)
         again = (faults["ret"] == self._retry) & (faults["sptes"] == 0) & ~faults["prefetch"]

@@ -1,13 +1,14 @@
 """Invalidations that KVM counts as in progress though the records say that each of them has ended.
 
 The count is taken down under mmu_lock before the record of an end is written. So where nothing is
-in progress by the records and was nothing by the count either, an end that still counts something
-can be the fault of two that cross: the start of the other was counted, and its record comes when it
-returns. Several such ends in a row are none, nor is one that no start follows while the VM lives:
-mmu_notifier_unregister() waits for all that are at work (mm/mmu_notifier.c).
+in progress by the records and was nothing by the count either (as in a new VM), an end that still
+counts something can be the fault of two that cross: the start of the other was counted, and its
+record comes when it returns. Several such ends in a row are none, nor is one that no start follows
+while the VM lives: mmu_notifier_unregister() waits for all that are at work (mm/mmu_notifier.c).
 May import: `analysis`, numpy.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,10 @@ class Miscounted:
         #: VM -> its newest record, if that is such an end, and its newest start
         self.newest: dict[int, _Key] = {}
         self.begun: dict[int, _Key] = {}
+
+    def created(self, vms: Iterable[int]) -> None:
+        """Take new VMs, in which nothing can be in progress."""
+        self._rested.update(vms)
 
     def feed(self, records: Records) -> None:
         """Take the next INVALIDATE records."""

@@ -10,7 +10,17 @@ from unit.simtruth import CONSEQUENCES, FINDS
 
 from tracer.simulator.bugs import BUGS
 
-__all__ = ("DETECTORS", "ENOUGH", "HOSTILE", "OPEN", "PAGES", "Excuse", "excuse", "explained")
+__all__ = (
+    "DETECTORS",
+    "ENOUGH",
+    "HOSTILE",
+    "OPEN",
+    "PAGES",
+    "PLENTY",
+    "Excuse",
+    "excuse",
+    "explained",
+)
 
 #: Seeds from which on a cell that is 1.00 must have no explanation.
 ENOUGH = 20
@@ -91,10 +101,6 @@ DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
                _HIDDEN),
         _KEPT,
     ),
-    ("unpaired_start", "livelock"): (
-        Excuse("stuck for milliseconds, and too few ends came afterwards to prove a wrong count",
-               at_least=0.7),
-    ),
     ("zero_page_growth", "balance"): (_NO_PUT,),
     ("zero_page_growth", "growth"): (
         Excuse("in a short story the count rises too seldom", ("6.12",), 0.8, True),
@@ -130,9 +136,7 @@ _LOST = "the records that show it are among the lost ones (that records were los
 _ELSEWHERE = "it struck, or was to be seen, in the part of the story that was not recorded"
 #: (bug, kernel, hostile kind) -> a false finding that is known and not mended yet: it counts in the
 #: table, but does not fail the soak.
-OPEN: dict[tuple[str, str, str], str] = {
-    ("endless_storm", "v9", "drop"): "balance accuses a page whose fault is retried for ever",
-}
+OPEN: dict[tuple[str, str, str], str] = {}
 #: Hostile kind -> why a planted bug may be neither found nor doubted there.
 HOSTILE: dict[str, str] = {
     "loss": _LOST,

@@ -4,7 +4,17 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from unit.simexcuses import DETECTORS, ENOUGH, HOSTILE, OPEN, PAGES, Excuse, excuse, explained
+from unit.simexcuses import (
+    DETECTORS,
+    ENOUGH,
+    HOSTILE,
+    OPEN,
+    PAGES,
+    PLENTY,
+    Excuse,
+    excuse,
+    explained,
+)
 from unit.simtruth import CONSEQUENCES, FINDS, Verdict
 
 from tracer.simulator.bugs import BUGS
@@ -158,7 +168,10 @@ class Table:
                                       len(self._seeds))  # fmt: skip
                 if complaint:
                     told.append(f"{title} of {bug} by {name} on {kernel} {complaint}")
-            for bug, name in excuses if len(self._seeds) >= ENOUGH else ():
+            for (bug, name), reasons in excuses.items():
+                seldom = all(reason.seldom for reason in reasons)
+                if len(self._seeds) < (PLENTY if seldom else ENOUGH):
+                    continue
                 mine = [share.value for key, share in shares.items() if key[:2] == (bug, name)]
                 if mine and min(mine) >= 1:
                     told.append(f"{title} of {bug} by {name} is 1.00 everywhere, and explained")

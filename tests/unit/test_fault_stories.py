@@ -244,6 +244,20 @@ def test_an_invalidation_whose_end_is_not_counted(tmp_path, rows_max):
     assert shown == [("INVALIDATE", "start", 1), ("INVALIDATE", "end", 1)]
 
 
+@pytest.mark.parametrize(("seen", "verdict"), [(True, "probable"), (False, "explained")])
+def test_the_first_invalidation_of_a_vm_is_the_one_whose_end_is_not_counted(
+    tmp_path, seen, verdict
+):
+    # GIVEN no earlier one that left no count, and a VM that is new, or whose beginning was not seen
+    copy = lost_end()
+    copy["INVALIDATE"] = copy["INVALIDATE"][-2:]
+    assert copy.ops("VM", "create").sum() == 1
+    if not seen:
+        copy.drop("VM", copy.ops("VM", "create"))
+    # THEN only of the new one it is known that nothing was in progress before
+    assert only(told(copy.write(tmp_path / "t.pfnt"), "livelock")).verdict == verdict
+
+
 @pytest.mark.parametrize(
     "copy",
     [

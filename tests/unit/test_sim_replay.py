@@ -69,6 +69,12 @@ def test_the_series_as_corrected_conforms():
     assert (answer.kernel, answer.conforms) == ("v9", True), answer.expected
 
 
+def test_a_nested_guest_under_the_series_conforms():
+    # kvm_vcpu_unmap() of a page that was written marks it dirty before it puts it
+    answer = conform(CUT / "series-v9-nested-6.12.pfnt", model="v9")
+    assert answer.conforms, answer.expected
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "gfn", "expects"),
     [
@@ -80,6 +86,7 @@ def test_the_series_as_corrected_conforms():
         ("stale-install-6.12", "SPTE", 0x10002, "an invalidation had made it 1 by then"),
         ("replay/bug-zap-skipped-6.12", "INVALIDATE", None, "a zap of the leaf of gfn 0x163"),
         ("replay/bug-ro-spte-writable-6.12", "SPTE", 0x101, "nobody may write to the zero page"),
+        ("replay/bug-pfnmap-ro-writable-6.12", "FAULT", 0x10000, "host's mapping is read-only"),
         ("replay/bug-vcpu-map-leak-7.3", "PIN", 0x116, "a kvm_vcpu_unmap() of it"),
         ("replay/bug-series-v9-as-mailed-6.12", "FAULT", 0x100, "a count of 2 at most"),
         ("replay/bug-series-v8-notdp-leak-6.12", "FAULT", 0x116, "a count of 2 at most"),

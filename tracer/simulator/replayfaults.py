@@ -17,6 +17,8 @@ _MARKS = ("mark_accessed", "mark_dirty")
 _PAGE_PUTS = ("page_clean", "page_dirty", "pfn_clean", "pfn_dirty")
 #: page_bits of a page that is counted by itself and belongs to nobody in particular.
 _PLAIN = 1
+#: include/linux/mm.h
+_VM_WRITE = 2
 _NO_ROOT = "a memslot change that made the root obsolete"
 
 
@@ -93,6 +95,9 @@ class FaultRules(LeafRules):
             # kvm_release_page_clean() calls kvm_set_page_accessed(): a probe of its own sees it
             if kernel.generation == "G1" and fault.put_pfns[-1:] == [pfn]:
                 return ""
+        if call == "mark_dirty" and self._unpinned.get(row["tid"]) == pfn:
+            # kvm_vcpu_unmap() of a written page: kvm_release_page_dirty() marks, then puts.
+            return ""
         if not self.sight.marks:
             return ""
         return "no mark: no zap or write protection called for one"
@@ -171,6 +176,9 @@ class FaultRules(LeafRules):
         return at >= 0 and (hva or 0) < self.sight.anonymous[at][1]
 
     def _installed(self, row: Row, fault: FaultSoFar) -> str:
+        if row["writable"] and row["vm_flags"] is not None and not row["vm_flags"] & _VM_WRITE:
+            # hva_to_pfn_remapped(), virt/kvm/kvm_main.c: *writable is that of the host's PTE.
+            return "a page that is not writable: the host's mapping is read-only"
         if fault.installed is None:
             return ""
         number, leaf, seq_shown = fault.installed
