@@ -69,7 +69,7 @@ test: .venv/.installed ## check, simulations, then every lab test on all three k
 	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
 	@# Fast lifetimes against slow ones: 500 random traces for each of 15 tests, the same each time.
 	@PFNTRACE_EXAMPLES=500 PFNTRACE_REQUIRE=cc $(MAKE) check
-	@$(call say,simulations: $(TEST_SEEDS) seeds of each kernel and bug (4 minutes))
+	@$(call say,simulations: $(TEST_SEEDS) seeds of each kernel and bug (3 minutes))
 	@$(BIN)/python tests/unit/simsoak.py $(TEST_SEEDS)
 	@$(call say,simulations: stories that nobody thought of)
 	@PFNTRACE_EXAMPLES=150 $(BIN)/python -m pytest -q -n 2 \

@@ -61,7 +61,8 @@ class WrongFolio:
         if not self._seen:
             return []
         count = self._seen.count
-        verdict, loss = loss_verdict("definite", self._recording, count, "RELEASE")
+        # Without its install a page that was prefetched and put looks like another fault's.
+        verdict, loss = loss_verdict("definite", self._recording, count, "RELEASE", "SPTE")
         return [
             self._seen.finding(
                 self,

@@ -266,6 +266,14 @@ def test_fsdax_the_adjusted_pfn_puts_another_folio(tmp_path):
     assert (finding.detector, finding.verdict, finding.count) == ("wrong-folio", "definite", 1)
 
 
+@pytest.mark.parametrize("kind", ["RELEASE", "SPTE"])
+def test_what_was_lost_may_be_its_own_put_or_the_install_of_a_prefetched_page(tmp_path, kind):
+    copy = straying(0)
+    copy.lose(kind, 1)
+    (finding,) = told(copy.write(tmp_path / "t.pfnt"), "wrong-folio")
+    assert finding.verdict == "inconclusive"
+
+
 def test_the_adjusted_pfn_of_one_compound_page_is_harmless(tmp_path):
     assert not told(straying(9).write(tmp_path / "t.pfnt"), "wrong-folio", "balance")
 
