@@ -69,6 +69,33 @@ def test_the_series_as_corrected_conforms():
     assert (answer.kernel, answer.conforms) == ("v9", True), answer.expected
 
 
+EARLY = CUT / "change-before-install-6.12.pfnt"
+
+
+def test_the_record_of_an_install_may_come_behind_that_of_a_change_of_it():
+    # Given vCPU 0 that changed a leaf 2.4 ms before the record of vCPU 1's install was written
+    answer = conform(EARLY)
+    assert answer.conforms and answer.explained == 600, answer.expected
+
+
+@pytest.mark.parametrize("why", ["its own thread's", "a later fault's", "never written"])
+def test_an_install_that_cannot_be_the_one_that_was_changed(tmp_path, why):
+    # Given the same, but an install that was not under way when the change was written
+    copy = Copy.of(EARLY)
+    sptes = copy["SPTE"]
+    (change,) = (row for row in sptes[copy.ops("SPTE", "change")] if row["gfn"] == 0x180)
+    install = copy.ops("SPTE", "install") & (sptes["gfn"] == 0x180)
+    if why == "its own thread's":
+        sptes["h"]["tid"][install] = change["h"]["tid"]
+    elif why == "a later fault's":
+        sptes["h"]["fault_ts"][install] = change["h"]["ts"] + 1
+    else:
+        copy.drop("SPTE", install)
+    # Then one of the two is wrong
+    answer = conform(copy.write(tmp_path / "t.pfnt"))
+    assert not answer.conforms and answer.divergence is not None
+
+
 def test_a_nested_guest_under_the_series_conforms():
     # kvm_vcpu_unmap() of a page that was written marks it dirty before it puts it
     answer = conform(CUT / "series-v9-nested-6.12.pfnt", model="v9")

@@ -7,7 +7,7 @@ May import: standard library, `tracer.simulator`.
 import dataclasses
 
 from tracer.simulator.kernels import REFCOUNTED_BIT, Kernel
-from tracer.simulator.replaystate import FaultSoFar, LeafSeen, Row, VmSeen
+from tracer.simulator.replaystate import FaultSoFar, LeafSeen, Pending, Row, VmSeen
 
 __all__ = ("LeafRules", "Sight")
 
@@ -15,6 +15,9 @@ MMU_PRESENT, LARGE, WRITABLE, NX = 1 << 11, 1 << 7, 1 << 1, 1 << 63
 #: Bits of the column page_bits (`probes.wire`).
 ZERO_PAGE = 16
 _READ_ONLY_SLOT = 2
+#: Longest time by which an install's record may come after that of the change that follows it. ns
+_LATE_NS = 10**8
+_NO_INSTALL = "an install of this leaf before"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,12 +119,28 @@ class LeafRules:
                 return "no write access: the slot is read-only"
         if pfn in self._freed:
             return f"that pfn {pfn:#x} was handed out again since it was freed"
+        early = vm.early.pop((key, pfn), None)
+        if early is not None:
+            return self._late(row, early)
         there = vm.leaves.get(key, ())
         if there and shadow:
             return "a zap of the leaf that this SPTE held"
         for leaf in there:
             leaf.left_behind = True
         self._there(vm, LeafSeen(key, pfn, pages, new, row["as_id"], row["gfn"]))
+        return ""
+
+    def _late(self, row: Row, early: Pending) -> str:
+        """Take an install whose record comes behind that of a change by another vCPU.
+
+        The probe runs after the SPTE was written: between the two the other vCPU found the leaf.
+        """
+        began = row["fault_ts"] is not None and row["fault_ts"] <= early.row["ts"]
+        soon = row["ts"] - early.row["ts"] <= _LATE_NS
+        if early.tid == row["tid"] or not began or not soon:
+            return "no install: the leaf was there already when another vCPU changed it"
+        if (row["new"] ^ early.row["old"]) & ~(self.sight.accessed | self.sight.dirty):
+            return f"the SPTE that another vCPU changed, {early.row['old']:#x}"
         return ""
 
     def _there(self, vm: VmSeen, leaf: LeafSeen) -> None:
@@ -153,11 +172,15 @@ class LeafRules:
                 return leaf, ""
         if not vm.created:
             return None, ""
-        return None, "an install of this leaf before"
+        return None, _NO_INSTALL
 
     def _change(self, row: Row, vm: VmSeen, key: tuple[int, ...], shadow: bool) -> str:
         leaf, why = self._leaf(row, vm, key)
-        if why:
+        if why == _NO_INSTALL and row["fault_ts"] is not None and not shadow:
+            pfn, pages = row["pfn"], 1 << 9 * (row["level"] - 1)
+            self._there(vm, LeafSeen(key, pfn, pages, row["new"], row["as_id"], row["gfn"]))
+            vm.early[key, pfn] = Pending(self._number, row, why, row["tid"])
+        elif why:
             return why
         old, new, cause, sight = row["old"], row["new"], row["cause"], self.sight
         if (old ^ new) & sight.address:

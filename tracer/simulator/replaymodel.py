@@ -51,7 +51,7 @@ class Model(FaultRules):
         Where the VM lives on, what its last second left open may still be explained by then.
         """
         for vm in self._vms.values():
-            for entry in (*vm.unexplained, *vm.overtaken, *vm.cached.values()):
+            for entry in (*vm.unexplained, *vm.overtaken, *vm.cached.values(), *vm.early.values()):
                 if vm.gone or entry.row["ts"] < self._now - _OPEN_NS:
                     self._blame(entry.number, entry.row, entry.expected)
 

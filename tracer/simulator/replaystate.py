@@ -79,6 +79,8 @@ class VmSeen:
         self.invalidating: dict[int, int] = {}
         #: numbers of the notifier that only other tasks' records can explain
         self.overtaken: list[Pending] = []
+        #: (key, pfn) -> change of a leaf whose install has no record yet
+        self.early: dict[tuple[tuple[int, ...], int], Pending] = {}
         #: page tables of the shadow MMU whose prefetches show their puts (True) or do not
         self.tables: dict[int, bool] = {}
 
