@@ -154,3 +154,13 @@ def test_two_that_replace_the_leaf_of_a_page_that_is_gone(tmp_path):
     # Found by the soak: a change was written down before the install that it changed.
     made = make(tmp_path, kernel="6.1", scenario="balloon", bugs=("stale_spte",), seed=17)
     assert differences(made.outcome) == []
+
+
+@pytest.mark.parametrize("kernel", ["v7", "v9", "v11"])
+def test_two_vcpus_that_read_one_uncounted_page_at_the_same_time(kernel):
+    # An early model marked the uncounted tail dirty when the second fault wrote its SPTE anew.
+    text = (
+        "title = 'x'\nexit = false\n[[memory]]\nname = 'm0'\nkind = 'ttm'\ngfn = 512\npages = 512\n"
+        "[[phase]]\ntouch = { memory = 'm0', order = 'random', write = 0.0, share = 0.2 }\n"
+    )
+    tell(text, {"kernel": kernel, "mmu": "tdp", "vcpus": 2, "seed": 23, "faults": 300})

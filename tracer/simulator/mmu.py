@@ -251,7 +251,7 @@ class Vm:
 
     def rewrite(self, task: Task, ts: int, leaf: Leaf, new: int, cause: int, gfn: int) -> None:
         """Write a leaf anew that had the dirty bit and loses it: then its page is marked."""
-        dirty = leaf.spte & _DIRTY and self.world.kernel.zap_marks != "none"
+        dirty = leaf.spte & _DIRTY and self.passes_on(leaf.spte)
         self.change(task, ts, leaf, new, cause)
         if dirty:
             task.now = ts + 400
@@ -270,13 +270,15 @@ class Vm:
         )  # fmt: skip
         ended_by = ended_by or ("teardown" if cause == _TEARDOWN else "zap")
         self.close(leaf, ts, cause, task, seq, ended_by)
-        if kernel.zap_marks == "all" or (
-            kernel.zap_marks == "bit" and (leaf.spte & REFCOUNTED_BIT or not self._has_bit(kernel))
-        ):
+        if self.passes_on(leaf.spte):
             self._mark(task, ts, leaf)
 
-    def _has_bit(self, kernel: Kernel) -> bool:
-        return kernel.bit_shadow if self.shadow else kernel.bit_tdp
+    def passes_on(self, spte: int) -> bool:
+        """Does the kernel pass the accessed and dirty bits of this SPTE on to the page?"""
+        kernel = self.world.kernel
+        has_bit = kernel.bit_shadow if self.shadow else kernel.bit_tdp
+        counted = bool(spte & REFCOUNTED_BIT) or not has_bit
+        return kernel.zap_marks == "all" or (kernel.zap_marks == "bit" and counted)
 
     def _mark(self, task: Task, ts: int, leaf: Leaf) -> None:
         page, spte, release = leaf.page, leaf.spte, self.world.out.release

@@ -218,7 +218,7 @@ def _write_protect(world: World, vm: Vm, task: Task, slot: Slot) -> Story:
                 yield task.now
             if leaf.level == 1 and leaf.spte & 2 and leaf.root.leaves.get(leaf.key) is leaf:
                 vm.change(task, task.now, leaf, leaf.spte & ~2, _DIRTY_LOG)
-                if world.kernel.dirty_log_marks and not vm.shadow:
+                if world.kernel.dirty_log_marks and not vm.shadow and vm.passes_on(leaf.spte):
                     world.out.release(task, task.now + 200, _MARK_DIRTY, 0, leaf.pfn, leaf.page)
                     leaf.page.flags = world.kernel.flags.marked
                 task.now += 700

@@ -194,11 +194,11 @@ class LeafRules:
         if cause == "dirty_log":
             if new & WRITABLE and new & sight.dirty:
                 return "dirty logging to take write access or the dirty bit away"
-            if self._kernel.dirty_log_marks and not shadow:
+            if self._kernel.dirty_log_marks and not shadow and self._passes_on(old, shadow):
                 self._owe(row, [("mark_dirty", row["pfn"])], more=True)
         if cause == "fault" and old & sight.dirty and not new & sight.dirty:
             # handle_changed_spte_dirty_log(), mmu_spte_update(): a dirty bit that goes is passed on
-            if self._kernel.zap_marks != "none":
+            if self._passes_on(old, shadow):
                 self._owe(row, [("mark_dirty", row["pfn"])], more=True)
         if cause == "fast" and not new & WRITABLE:
             return "a fast fault to give write access back"
@@ -219,18 +219,26 @@ class LeafRules:
             self._count(leaf.pfn, leaf.pages, -1)
             if row["new"] & MMU_PRESENT and row["level"] > 1 and not shadow:
                 self._split(row, vm, leaf)
-        kernel = self._kernel
-        has_bit = kernel.bit_shadow if shadow else kernel.bit_tdp
-        if kernel.zap_marks == "all" or row["old"] & REFCOUNTED_BIT or not has_bit:
+        if self._passes_on(row["old"], shadow):
             marks = [("mark_dirty", self.sight.dirty), ("mark_accessed", self.sight.accessed)]
             due = [
                 (call, row["pfn"])
                 for call, bit in (reversed(marks) if shadow else marks)
                 if row["old"] & bit
             ]
-            if kernel.zap_marks != "none":
-                self._owe(row, due)
+            self._owe(row, due)
         return ""
+
+    def _passes_on(self, spte: int, shadow: bool) -> bool:
+        """Does the kernel pass the accessed and dirty bits of this SPTE on to the page?
+
+        The series asks the bit first, is_refcounted_page_spte(): KVM-FACTS 2.3.
+        """
+        kernel = self._kernel
+        has_bit = kernel.bit_shadow if shadow else kernel.bit_tdp
+        if kernel.zap_marks == "bit":
+            return bool(spte & REFCOUNTED_BIT) or not has_bit
+        return kernel.zap_marks == "all"
 
     def _split(self, row: Row, vm: VmSeen, parent: LeafSeen) -> None:
         """tdp_mmu_split_huge_page(): a table of 512 smaller leaves takes the large one's place."""
