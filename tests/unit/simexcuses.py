@@ -14,7 +14,6 @@ __all__ = (
     "DETECTORS",
     "ENOUGH",
     "HOSTILE",
-    "OPEN",
     "PAGES",
     "PLENTY",
     "Excuse",
@@ -134,9 +133,6 @@ PAGES: dict[tuple[str, str], tuple[Excuse, ...]] = {
 
 _LOST = "the records that show it are among the lost ones (that records were lost is always told)"
 _ELSEWHERE = "it struck, or was to be seen, in the part of the story that was not recorded"
-#: (bug, kernel, hostile kind) -> a false finding that is known and not mended yet: it counts in the
-#: table, but does not fail the soak.
-OPEN: dict[tuple[str, str, str], str] = {}
 #: Hostile kind -> why a planted bug may be neither found nor doubted there.
 HOSTILE: dict[str, str] = {
     "loss": _LOST,

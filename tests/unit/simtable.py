@@ -8,7 +8,6 @@ from unit.simexcuses import (
     DETECTORS,
     ENOUGH,
     HOSTILE,
-    OPEN,
     PAGES,
     PLENTY,
     Excuse,
@@ -124,7 +123,6 @@ class Table:
         told = [name + text for text in (*verdict.told, *run.unequal)]
         if kind:
             self._accused[kind, kernel].add(len(verdict.told))
-            told = [] if (bug, kernel, kind) in OPEN else told
             if bug in run.planted and not explained(bug, kernel):
                 self._became[kind][_became(bug, verdict)] += 1
         else:
@@ -277,11 +275,7 @@ class Table:
         for kind in KINDS:
             shares = [self._accused[kind, kernel] for kernel in KERNELS]
             rows.append([kind, *(f"{share.some:.0f} / {share.all:,.0f}" for share in shares)])
-        known = "".join(
-            f"- {kind}, {bug} on {kernel}: known and open: {why}\n"
-            for (bug, kernel, kind), why in OPEN.items()
-        )
-        text = _table(["records", *KERNELS], rows) + "\n" + known + _SEEN
+        text = _table(["records", *KERNELS], rows) + "\n" + _SEEN
         rows = []
         for kind in KINDS:
             count = self._became[kind]
