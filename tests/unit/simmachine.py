@@ -15,7 +15,7 @@ from tracer.simulator.clock import START_NS, Dice, Story, Task, Turns
 from tracer.simulator.fault import Vcpu
 from tracer.simulator.host import KINDS, Host, Mapping
 from tracer.simulator.kernels import KERNELS
-from tracer.simulator.ledger import Ledger
+from tracer.simulator.ledger import LIVES, Ledger
 from tracer.simulator.mmu import Slot, Vm, World
 from tracer.simulator.ops import VERBS, create_slot, create_vm, delete_slot, destroy_vm
 from tracer.simulator.recorder import KIND, Recorder
@@ -67,16 +67,16 @@ class _Truth:
     """Takes the place of the ledger: what it would write stays in memory."""
 
     def __init__(self) -> None:
-        self.lives: list[tuple[Any, ...]] = []
-        self.references: list[tuple[Any, ...]] = []
+        self.lives: list[bytes] = []
+        self.references: list[bytes] = []
 
     def bug(self, *_: object) -> None:
         """The kernel's own bugs (v8, v9 as mailed) do not matter to lives."""
 
     def ended(self) -> Lives:
-        """Return the lives so far; see `tracer.simulator.ledger.LIVES` for the places."""
-        at = (4, 6, 3, 7, 9, 13, 14, 25, 17, 18, 21, 22, 29)
-        return {tuple(life[place] for place in at) for life in self.lives}
+        """Return the lives so far."""
+        rows = LIVES.batch(self.lives).select(list(_ENDED)).to_pydict()
+        return set(zip(*rows.values(), strict=True))
 
 
 class Bench:

@@ -186,7 +186,7 @@ def test_numbers_on_a_cpu_have_no_gaps_and_time_does_not_run_backwards(tmp_path,
 
 def test_the_packed_layouts_are_those_of_the_wire():
     assert recorder.FAULT_LAYOUT.size == wire.FAULT.itemsize
-    for layout in ("EVENT", "SPTE", "RELEASE", "PAGE"):
+    for layout in ("EVENT", "SPTE", "RELEASE", "PAGE", "INVALIDATE"):
         assert getattr(recorder, f"{layout}_LAYOUT").size == wire.EVENT.itemsize
 
 
@@ -209,12 +209,16 @@ def test_every_field_of_a_record_lands_where_the_wire_has_it():
     page = np.frombuffer(
         recorder.PAGE_LAYOUT.pack(1, 2, 3, head, 5, 9, *range(14, 19)), wire.EVENT
     )[0]
+    invalidation = np.frombuffer(
+        recorder.INVALIDATE_LAYOUT.pack(1, 2, 3, head, 6, 7, 8, 9, 12), wire.EVENT
+    )[0]
 
     # Then each is at home
     header = {"ts": 1, "fault_ts": 2, "seq": 3, "cpu": 3, "kind": 2, "op": 11, "tid": 11}
     header |= {"tgid": 12, "vm": 13, "vcpu": 14, "stack": -1, "pad": 0}
-    for record in (event, spte, release, page):
+    for record in (event, spte, release, page, invalidation):
         assert {name: record["h"][name] for name in header} == header
+    for record in (event, spte, release, page):
         assert [record["page"][n] for n in ("flags", "refcount", "mapcount", "bits", "order")] == [
             14, 15, 16, 17, 18,
         ]  # fmt: skip
@@ -223,6 +227,8 @@ def test_every_field_of_a_record_lands_where_the_wire_has_it():
     assert [spte[name] for name in body] == [4, 5, 6, 7, 8, 0, 10, 11, 12, 13]
     assert [release[name] for name in body] == [4, 5, 0, 0, 0, 0, 0, 0, 12, 0]
     assert [page[name] for name in body] == [0, 5, 0, 0, 0, 9, 0, 0, 0, 0]
+    assert [invalidation[name] for name in body] == [0, 0, 6, 7, 8, 9, 0, 0, 12, 0]
+    assert invalidation["page"].tobytes() == bytes(24)
 
 
 # --- turns ----------------------------------------------------------------------------------------

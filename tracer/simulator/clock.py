@@ -32,9 +32,9 @@ class Dice:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self.random = self._random.random
-        self._jitters = [
-            tuple(int(self.random() * 1024) for _ in range(_PER_FAULT)) for _ in range(_JITTERS)
-        ]
+        draw = self.random
+        numbers = [int(draw() * 1024) for _ in range(_JITTERS * _PER_FAULT)]
+        self._jitters = list(zip(*[iter(numbers)] * _PER_FAULT, strict=True))
         self._at = 0
 
     def below(self, limit: int) -> int:

@@ -19,6 +19,7 @@ from tracer.simulator.faultrecord import (
 )
 from tracer.simulator.host import Page
 from tracer.simulator.hostfault import Found, host_fault, populate
+from tracer.simulator.ledger import REFERENCES, TAKERS
 from tracer.simulator.mmu import ALIAS, ZAP_NS, Leaf, Slot, Vm, World
 from tracer.simulator.putting import Putting
 from tracer.simulator.recorder import CALL, CAUSE
@@ -27,6 +28,7 @@ __all__ = ("Vcpu",)
 
 _MARK_ACCESSED = CALL["mark_accessed"]
 _FAULT, _PREFETCH, _FAST = CAUSE["fault"], CAUSE["prefetch"], CAUSE["fast"]
+_PREFETCHER = TAKERS.index("prefetch")
 #: How long a fault holds mmu_lock at least (ns).
 _HOLD_NS = 5000
 #: From mmu_lock to the leaf.
@@ -64,16 +66,12 @@ class Vcpu(Putting):
         vm, result = self.vm, ""
         key = gfn + (alias << ALIAS)
         for tries in range(_TRIES):
-            leaf = vm.root.leaves.get(key) or vm.root.leaves.get(key & ~511)
-            if vm.gigantic and (leaf is None or leaf.key + leaf.pages <= key):
-                leaf = vm.root.leaves.get(key & -_GIGANTIC)
-            if (
-                leaf is not None
-                and (leaf.level > 1 or leaf.key == key)
-                and leaf.key + leaf.pages > key
-                and (leaf.spte & 2 or not write)
-            ):
-                self._use(leaf, write)
+            leaf = vm.root.leaves.get(key)
+            if leaf is None and vm.level > 1:
+                leaf = self._large(key)
+            if leaf is not None and (leaf.spte & 2 or not write):
+                # What the processor does by itself: accessed and dirty in the SPTE (no record).
+                leaf.spte |= 0x60 if write else 0x20
                 return result
             result = yield from self.fault(gfn, write=write, fetch=fetch, alias=alias)
             if result in ("error", "emulate"):
@@ -83,10 +81,13 @@ class Vcpu(Putting):
                 self.task.now += _AWAY_NS if away else 20_000
         return "stuck"
 
-    @staticmethod
-    def _use(leaf: Leaf, write: bool) -> None:
-        """What the processor does by itself: set accessed and dirty in the SPTE (not recorded)."""
-        leaf.spte |= 0x60 if write and leaf.spte & 2 else 0x20
+    def _large(self, key: int) -> Leaf | None:
+        """Return the large leaf that maps a guest frame, if there is one."""
+        for pages in (512, _GIGANTIC):
+            leaf = self.vm.root.leaves.get(key & -pages)
+            if leaf is not None and leaf.key + leaf.pages > key:
+                return leaf
+        return None
 
     def fault(self, gfn: int, *, write: bool, fetch: bool, alias: int) -> Result:
         """Run one fault; returns the name of its RET_PF_* value, or "error"."""
@@ -110,9 +111,7 @@ class Vcpu(Putting):
         if slot is None or self._early(fault, slot):
             return write_fault(world, vm, task, fault) if slot is not None else self._no_slot(fault)
         if not slot.told and task.fault_ts >= world.armed_at:
-            slot.told = True
-            world.out.event(task, task.now + 500, "SLOT", "seen", gfn=slot.base, a=slot.npages,
-                            b=slot.hva, c=slot.flags, d=slot.id)  # fmt: skip
+            self._tell(slot)
         found = self._look(fault, slot)
         if found is None:  # a copy on write: the host's own fault invalidates the old page
             index = fault.gfn - slot.base + slot.first
@@ -129,9 +128,10 @@ class Vcpu(Putting):
             yield from self._plant_race(fault, slot)
         task.now += 1200 + (fault.jitters[3] << 1)
         if vm.shadow:
-            yield from vm.write_lock(task, _HOLD_NS)
+            if not vm.lock_at_once(task, _HOLD_NS):
+                yield from vm.write_lock(task, _HOLD_NS)
         elif task.now > turns.next or task.now < vm.write_until:
-            yield from self._read_lock()
+            yield from vm.read_lock(task, _HOLD_NS)
         if (root is not vm.root and not fault.outlived) or self._stale(fault):
             fault.ret = self._ret_retry
         else:
@@ -156,6 +156,14 @@ class Vcpu(Putting):
         if self._marks == "unlocked" and fault.counted and fault.sptes:
             yield from self._late_mark(fault)
         return write_fault(world, vm, task, fault)
+
+    def _tell(self, slot: Slot) -> None:
+        # A recorder that came later learns of a slot from the first fault in it.
+        slot.told = True
+        self.world.out.event(
+            self.task, self.task.now + 500, "SLOT", "seen", gfn=slot.base, a=slot.npages,
+            b=slot.hva, c=slot.flags, d=slot.id,
+        )  # fmt: skip
 
     # --- the fast path ---------------------------------------------------------------------------
 
@@ -284,7 +292,7 @@ class Vcpu(Putting):
     def _walk(self, slot: Slot) -> None:
         # The VMA is told once, where the walk's function has it as an argument.
         mapping, kernel = slot.mapping, self.world.kernel
-        if mapping.seen or kernel.generation in ("G0a", "G1"):
+        if mapping.seen or not kernel.walk_tells:
             return
         mapping.seen = True
         rdev = 226 << 20
@@ -341,18 +349,6 @@ class Vcpu(Putting):
         elif world.strikes("stale_slot"):
             yield from self._outlive_slot(fault, slot)
 
-    def _read_lock(self) -> Story:
-        """Wait for mmu_lock, which TDP faults take for reading."""
-        vm, task, turns = self.vm, self.task, self.world.turns
-        while True:
-            task.now = max(task.now, vm.write_until)
-            if task.now <= turns.next:
-                break
-            yield task.now
-            if task.now >= vm.write_until:
-                break
-        vm.read_until = max(vm.read_until, task.now + _HOLD_NS)
-
     def _outlive_slot(self, fault: Fault, slot: Slot) -> Story:
         for _ in range(100):
             if vm_gone := self.vm.slots.get(slot.id) is not slot:
@@ -388,15 +384,11 @@ class Vcpu(Putting):
         fault.stages = (*fault.stages[:4], task.now - task.fault_ts)
         # A constant: under one lock, what is mapped first is also written down first.
         task.now += _MAP_NS
-        pfn, level = fault.pfn, self._level(fault, slot)
-        for pages in (512, _GIGANTIC) if slot.mapping.kind.level > 1 else ():
-            large = vm.root.leaves.get(key & -pages)
-            if large is not None and large.pages >= pages:
-                level = large.level
-        if level > 1:
+        pfn, level = fault.pfn, 1
+        if slot.mapping.kind.level > 1:
+            level = fault.level = self._level(fault, slot, key)
             pages = 1 << 9 * (level - 1)
             key, pfn = key & -pages, pfn & -pages
-        fault.level = level
         leaf = vm.root.leaves.get(key)
         spte = vm.spte_for(
             pfn, writable=fault.writable and (fault.write or not slot.dirty_log),
@@ -405,7 +397,8 @@ class Vcpu(Putting):
         kernel = world.kernel
         if leaf is None:
             vm.install(task, task.now, key, level, pfn, page, spte, slot, _FAULT)
-            self._planted_install(fault, slot, key, level, spte)
+            if world.bugs:
+                self._planted_install(fault, slot, key, level, spte)
         elif leaf.pfn == pfn and (leaf.spte & 2 or not spte & 2):
             if kernel.spurious_early or not leaf.spte & spte & 2 or leaf.level > 1:
                 fault.ret = kernel.result("spurious")
@@ -427,9 +420,13 @@ class Vcpu(Putting):
             task.now += 300
             world.out.release(task, task.now, _MARK_ACCESSED, fault.gfn, fault.pfn, page)
 
-    def _level(self, fault: Fault, slot: Slot) -> int:
+    def _level(self, fault: Fault, slot: Slot, key: int) -> int:
         # kvm_mmu_hugepage_adjust(): as large as host page table, slot and alignment allow.
-        if self.vm.shadow or slot.mapping.kind.level < 2 or slot.dirty_log:
+        for pages in (_GIGANTIC, 512):
+            large = self.vm.root.leaves.get(key & -pages)
+            if large is not None and large.pages >= pages:
+                return large.level
+        if self.vm.shadow or slot.dirty_log:
             return 1
         for level in range(slot.mapping.kind.level, 1, -1):
             pages = 1 << 9 * (level - 1)
@@ -442,7 +439,7 @@ class Vcpu(Putting):
 
     def _planted_install(self, fault: Fault, slot: Slot, key: int, level: int, spte: int) -> None:
         world, vm, task = self.world, self.vm, self.task
-        if not world.bugs or level > 1 or fault.page is None:
+        if level > 1 or fault.page is None:
             return
         if world.strikes("double_install"):
             old = vm.root.leaves.pop(key)
@@ -479,6 +476,8 @@ class Vcpu(Putting):
             task.now += 1500
             world.out.release(task, task.now, CALL[kernel.prefetch_call], 0, pfn, page)
             world.host.put(task, page)
-            world.ledger.references.append((vm.id, task.vcpu, "prefetch", gfn, pfn, task.fault_ts,
-                                            task.now - 1500, task.now, pfn))  # fmt: skip
+            world.ledger.references.append(REFERENCES.pack(
+                vm.id, task.vcpu, _PREFETCHER, gfn, pfn, task.fault_ts, task.now - 1500, task.now,
+                pfn,
+            ))  # fmt: skip
             fault.sptes += 1

@@ -7,19 +7,20 @@ May import: `probes.wire`, standard library, `tracer.simulator`.
 from probes.wire import INVALIDATE_EVENTS
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.mmu import Slot, Vm, World
-from tracer.simulator.recorder import CAUSE
+from tracer.simulator.recorder import CAUSE, OP
 
 __all__ = ("covered", "end", "invalidate", "start")
 
 _NOTIFIER = CAUSE["notifier"]
+_EVENT = {name: number for number, name in enumerate(INVALIDATE_EVENTS)}
 
 
 def covered(vm: Vm, low: int, high: int) -> list[tuple[Slot, int, int]]:
     """Return (slot, first gfn, gfn behind the last) for each slot that host memory is behind."""
     found = []
     for slot in vm.slots.values():
-        first, last = max(low, slot.hva), min(high, slot.hva + (slot.npages << 12))
-        if first < last:
+        if slot.hva < high and low < slot.hva_end:
+            first, last = max(low, slot.hva), min(high, slot.hva_end)
             shift = slot.base - (slot.hva >> 12)
             found.append((slot, (first >> 12) + shift, (last + 4095 >> 12) + shift))
     return found
@@ -35,7 +36,8 @@ def start(world: World, vm: Vm, task: Task, low: int, high: int, event: str) -> 
             cache.valid = False
     ranges = covered(vm, low, high)
     if ranges:
-        yield from vm.write_lock(task, 500)
+        if not vm.lock_at_once(task, 500):
+            yield from vm.write_lock(task, 500)
         vm.in_progress += 1
         first, last = min(r[1] for r in ranges), max(r[2] for r in ranges)
         if vm.in_progress == 1:
@@ -48,7 +50,8 @@ def start(world: World, vm: Vm, task: Task, low: int, high: int, event: str) -> 
                 leaves += vm.leaves_in(root, first, last)
             if world.bugs:
                 leaves = [leaf for leaf in leaves if not _overlooked(world, vm, task, leaf)]
-            yield from vm.zap_range(task, leaves, _NOTIFIER)
+            if leaves:
+                yield from vm.zap_range(task, leaves, _NOTIFIER)
     task.now += 900
     if task.now > world.turns.next:
         yield task.now
@@ -60,8 +63,9 @@ def end(world: World, vm: Vm, task: Task, low: int, high: int, event: str) -> St
     task.now += 1500
     if task.now > world.turns.next:
         yield task.now
-    if covered(vm, low, high):
-        yield from vm.write_lock(task, 300)
+    if any(slot.hva < high and low < slot.hva_end for slot in vm.slots.values()):
+        if not vm.lock_at_once(task, 300):
+            yield from vm.write_lock(task, 300)
         vm.seq += 1
         if world.strikes("unpaired_start"):
             del world.bugs["unpaired_start"]  # one is enough for ever
@@ -88,7 +92,6 @@ def _overlooked(world: World, vm: Vm, task: Task, leaf: object) -> bool:
 
 
 def _event(world: World, vm: Vm, task: Task, op: str, low: int, high: int, event: str) -> None:
-    world.out.event(
-        task, task.now, "INVALIDATE", op, a=low, b=high, c=vm.seq, d=vm.in_progress,
-        cause=INVALIDATE_EVENTS.index(event), vm=vm.id,
-    )  # fmt: skip
+    world.out.invalidation(
+        task, task.now, OP[op], low, high, vm.seq, vm.in_progress, _EVENT[event], vm.id
+    )

@@ -58,6 +58,7 @@ class Kernel:
                     (kvm_tdp_mmu_recover_huge_pages()), or only zapped, to be faulted in anew
                     (kvm_tdp_mmu_zap_collapsible_sptes())?
     retry_call      the RELEASE record that a lockless retry makes when it gives the page back
+    walk_tells      can the walk of a PFNMAP be hooked, so that records tell of its VMA?
     spurious_early  is a leaf that allows the access left alone? Before, it is written anew, and
                     make_spte() leaves the dirty bit out over a writable SPTE ("goto out")
     lockless_retry  are invalidations looked for before and after getting the pfn, without lock?
@@ -87,6 +88,7 @@ class Kernel:
     shadow_refuses: bool = False
     lockless_retry: bool = False
     retry_call: str = ""
+    walk_tells: bool = False
     spurious_early: bool = False
     error_in_faultin: bool = False  #: does the fault-in function itself return -EFAULT?
     pin_bias: int = 1
@@ -149,6 +151,7 @@ _G0B = dataclasses.replace(
     flags=_FLAGS_612,
     results=_RESULTS_NEW,  # KVM-FACTS 5.3
     lockless_retry=True,  # KVM-FACTS 1b: two checks, mmu_invalidate_retry_gfn_unsafe()
+    walk_tells=True,  # hva_to_pfn_remapped() is a function of its own: recordings
     retry_call="pfn_clean",  # KVM-FACTS 1b: "the second one itself releases the ref"
     error_in_faultin=True,  # KVM-FACTS 1b: kvm_handle_error_pfn() is inside of kvm_faultin_pfn()
     nonpresent=_NONPRESENT,  # SHADOW_NONPRESENT_VALUE: KVM-FACTS 5.2

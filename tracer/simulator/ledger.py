@@ -2,50 +2,125 @@
 
 Kept while the model runs, written beside the trace as Parquet, and never looked at by the model.
 Columns of `lives` are those of the analysis' table of that name, so that both can be compared.
-May import: pyarrow, standard library, `tracer.simulator.clock`.
+May import: `probes.wire`, `tracer.simulator.bugs`, numpy, pyarrow, standard library.
 """
 
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ("BUGS", "LIVES", "REFERENCES", "Ledger", "truth_paths")
+from probes import wire
+from tracer.simulator.bugs import BUGS
 
-_U8, _U16, _U32, _U64 = pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()
-_I32, _BOOL, _TEXT = pa.int32(), pa.bool_(), pa.string()
+__all__ = (
+    "ALIVE", "BIRTH_CAUSES", "ENDINGS", "LIVES", "MMUS", "NO_COUNT", "PLANTED", "REFERENCES",
+    "TAKERS", "Ledger", "Table", "truth_paths",
+)  # fmt: skip
+
+MMUS = ("none", "tdp", "shadow")
+#: A leaf that came about when a large one was split has no install, and so no cause on the wire.
+BIRTH_CAUSES = (*wire.CAUSES, "split")
+ENDINGS = ("zap", "teardown", "split", "collapse", "superseded", "censored")
+TAKERS = ("fault", "prefetch", "pin", "pfncache")
+#: What stands for "there is none" in a column, where 0 is a value.
+NO_COUNT, _NO_CPU, _NO_SEQ, _NO_NAME = -(1 << 31), 0xFFFF, 0xFFFFFFFF, 0xFF
+
+#: Rows of one row group.
+_ROWS = 1 << 15
+_ARROW = {"B": pa.uint8(), "H": pa.uint16(), "I": pa.uint32(), "Q": pa.uint64(), "i": pa.int32()}
+
+
+class Column(NamedTuple):
+    """One column: its character of `struct`, the value that means null, its numbers' names."""
+
+    name: str
+    char: str
+    null: int | None = None
+    names: tuple[str, ...] = ()
+
+
+class Table:
+    """A table whose rows are packed at once: Python's own objects would be twice the work.
+
+    `pack(*values)` makes a row, `batch(rows)` the Arrow table of many, `unpack(row)` the values.
+    """
+
+    def __init__(self, *columns: Column) -> None:
+        layout = struct.Struct("<" + "".join(column.char for column in columns))
+        self.pack, self.unpack = layout.pack, layout.unpack
+        self._columns = columns
+        self._dtype = np.dtype([(c.name, np.dtype(c.char).newbyteorder("<")) for c in columns])
+        self.schema = pa.schema(
+            [(c.name, pa.string() if c.names else _ARROW[c.char]) for c in columns]
+        )
+
+    def batch(self, rows: list[bytes]) -> pa.Table:
+        """Return packed rows as an Arrow table of `schema`."""
+        packed = np.frombuffer(b"".join(rows), self._dtype)
+        arrays = [_array(packed[column.name], column) for column in self._columns]
+        return pa.Table.from_arrays(arrays, schema=self.schema)
+
+
+def _array(values: npt.NDArray[Any], column: Column) -> pa.Array:
+    # Not pa.array(): that imports pandas to ask whether it was given one, 0.3 s.
+    values = np.ascontiguousarray(values)
+    validity, nulls = None, 0
+    if column.null is not None:
+        there = values != column.null
+        nulls = len(values) - int(np.count_nonzero(there))
+        if nulls:
+            validity = pa.py_buffer(np.packbits(there, bitorder="little"))
+    buffers = [validity, pa.py_buffer(values)]
+    if not column.names:
+        return pa.Array.from_buffers(_ARROW[column.char], len(values), buffers, nulls)
+    texts = [name.encode() for name in column.names]
+    ends = np.cumsum([0, *map(len, texts)], dtype="i4")
+    names = pa.Array.from_buffers(
+        pa.string(), len(texts), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+    )
+    kind = pa.dictionary(_ARROW[column.char], pa.string())
+    coded = pa.DictionaryArray.from_buffers(kind, len(values), buffers, names, nulls)
+    return coded.dictionary_decode()
+
 
 #: One row for each lifetime of a mapping; null where there is none.
-LIVES = pa.schema(
-    [
-        ("vm", _U32), ("as_id", _U8), ("mmu", _TEXT), ("level", _U8), ("gfn", _U64),
-        ("pages", _U32), ("pfn", _U64), ("sptep", _U64), ("slot", _I32), ("birth_ts", _U64),
-        ("birth_cause", _TEXT), ("birth_tid", _U32), ("birth_tgid", _U32), ("birth_cpu", _U16),
-        ("birth_seq", _U32), ("fault_ts", _U64), ("vcpu", _I32), ("death_ts", _U64),
-        ("death_cause", _TEXT), ("death_tid", _U32), ("death_tgid", _U32), ("death_cpu", _U16),
-        ("death_seq", _U32), ("spte_birth", _U64), ("spte_last", _U64), ("changes", _U32),
-        ("refcount_birth", _I32), ("refcount_death", _I32), ("mapcount_birth", _I32),
-        ("ended_by", _TEXT),
-    ]
+LIVES = Table(
+    Column("vm", "I"), Column("as_id", "B"), Column("mmu", "B", names=MMUS), Column("level", "B"),
+    Column("gfn", "Q"), Column("pages", "I"), Column("pfn", "Q"), Column("sptep", "Q", 0),
+    Column("slot", "i", -1), Column("birth_ts", "Q"),
+    Column("birth_cause", "B", names=BIRTH_CAUSES), Column("birth_tid", "I"),
+    Column("birth_tgid", "I"), Column("birth_cpu", "H"), Column("birth_seq", "I"),
+    Column("fault_ts", "Q", 0), Column("vcpu", "i", -1), Column("death_ts", "Q", 0),
+    Column("death_cause", "B", _NO_NAME, wire.CAUSES), Column("death_tid", "I", 0),
+    Column("death_tgid", "I", 0), Column("death_cpu", "H", _NO_CPU),
+    Column("death_seq", "I", _NO_SEQ), Column("spte_birth", "Q"), Column("spte_last", "Q"),
+    Column("changes", "I"), Column("refcount_birth", "i", NO_COUNT),
+    Column("refcount_death", "i", NO_COUNT), Column("mapcount_birth", "i", NO_COUNT),
+    Column("ended_by", "B", names=ENDINGS),
 )  # fmt: skip
+#: What stands from death_ts to death_seq in a life that has not ended.
+ALIVE = (0, _NO_NAME, 0, 0, _NO_CPU, _NO_SEQ)
 #: One row for each reference that KVM took; put_ts is null if it never gave it back.
-REFERENCES = pa.schema(
-    [
-        ("vm", _U32), ("vcpu", _I32), ("taker", _TEXT), ("gfn", _U64), ("pfn", _U64),
-        ("fault_ts", _U64), ("get_ts", _U64), ("put_ts", _U64), ("put_pfn", _U64),
-    ]
+REFERENCES = Table(
+    Column("vm", "I"), Column("vcpu", "i"), Column("taker", "B", names=TAKERS), Column("gfn", "Q"),
+    Column("pfn", "Q"), Column("fault_ts", "Q", 0), Column("get_ts", "Q"),
+    Column("put_ts", "Q", 0), Column("put_pfn", "Q", 0),
 )  # fmt: skip
+
+
 #: One row for each occurrence of a planted bug.
-BUGS = pa.schema(
-    [("bug", _TEXT), ("vm", _U32), ("ts", _U64), ("gfn", _U64), ("pfn", _U64),
-     ("fault_ts", _U64), ("detail", _TEXT)]
+PLANTED = Table(
+    Column("bug", "B", names=tuple(BUGS)), Column("vm", "I"), Column("ts", "Q"),
+    Column("gfn", "Q"), Column("pfn", "Q"), Column("fault_ts", "Q", 0),
 )  # fmt: skip
 
-_TABLES = {"lives": LIVES, "references": REFERENCES, "bugs": BUGS}
-_ROWS = 1 << 15
-
-Row = tuple[Any, ...]
+_TABLES = {"lives": LIVES, "references": REFERENCES, "bugs": PLANTED}
+_BUG_NUMBER = {name: number for number, name in enumerate(BUGS)}
 
 
 def truth_paths(trace: Path) -> dict[str, Path]:
@@ -54,39 +129,31 @@ def truth_paths(trace: Path) -> dict[str, Path]:
 
 
 class Ledger:
-    """Collects rows and writes them a row group at a time, so that memory stays bounded."""
+    """Collects packed rows and writes them a row group at a time, so that memory stays bounded."""
 
     def __init__(self, trace: Path) -> None:
-        self.lives: list[Row] = []
-        self.references: list[Row] = []
-        self.bugs: list[Row] = []
+        self.lives: list[bytes] = []
+        self.references: list[bytes] = []
+        self._bugs: list[bytes] = []
         self.rows = dict.fromkeys(_TABLES, 0)
         self.planted: dict[str, int] = {}
         self._writers = {
-            name: pq.ParquetWriter(path, _TABLES[name], compression="zstd")
+            name: pq.ParquetWriter(path, _TABLES[name].schema, compression="zstd")
             for name, path in truth_paths(trace).items()
         }
 
-    def bug(
-        self, name: str, vm: int, ts: int, gfn: int, pfn: int, fault_ts: int = 0, detail: str = ""
-    ) -> None:
+    def bug(self, name: str, vm: int, ts: int, gfn: int, pfn: int, fault_ts: int = 0) -> None:
         """Enter one occurrence of a planted bug."""
         self.planted[name] = self.planted.get(name, 0) + 1
-        self.bugs.append((name, vm, ts, gfn, pfn, fault_ts or None, detail))
+        self._bugs.append(PLANTED.pack(_BUG_NUMBER[name], vm, ts, gfn, pfn, fault_ts))
 
     def flush(self, most: int = _ROWS) -> None:
         """Write every table that has so many rows waiting."""
         for name, rows in (
-            ("lives", self.lives), ("references", self.references), ("bugs", self.bugs),
+            ("lives", self.lives), ("references", self.references), ("bugs", self._bugs),
         ):  # fmt: skip
             if rows and len(rows) >= most:
-                schema = _TABLES[name]
-                columns = zip(*rows, strict=True)
-                arrays = [
-                    pa.array(values, field.type)
-                    for values, field in zip(columns, schema, strict=True)
-                ]
-                self._writers[name].write_table(pa.Table.from_arrays(arrays, schema=schema))
+                self._writers[name].write_table(_TABLES[name].batch(rows))
                 self.rows[name] += len(rows)
                 rows.clear()
 

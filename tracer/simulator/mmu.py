@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from tracer.simulator.clock import Dice, Story, Task, Turns
 from tracer.simulator.host import Host, Mapping, Page
 from tracer.simulator.kernels import REFCOUNTED_BIT, Kernel
-from tracer.simulator.ledger import Ledger
+from tracer.simulator.ledger import ALIVE, BIRTH_CAUSES, ENDINGS, LIVES, NO_COUNT, Ledger
 from tracer.simulator.recorder import CALL, CAUSE, OP, Recorder
 
 __all__ = ("ALIAS", "SPLIT", "ZAP_NS", "Leaf", "PfnCache", "Root", "Slot", "Vm", "World")
@@ -21,12 +21,14 @@ _TEARDOWN = CAUSE["teardown"]
 _INSTALL, _CHANGE, _ZAP = OP["install"], OP["change"], OP["zap"]
 _MARK_ACCESSED, _MARK_DIRTY = CALL["mark_accessed"], CALL["mark_dirty"]
 #: How a leaf came that has no install of its own: a large one was split.
-SPLIT = -1
-_CAUSES = {number: name for name, number in CAUSE.items()} | {SPLIT: "split"}
+SPLIT = BIRTH_CAUSES.index("split")
+_ENDING = {name: number for number, name in enumerate(ENDINGS)}
 _ACCESSED, _DIRTY, _WRITABLE, _LARGE = 0x20, 0x40, 0x2, 0x80
 #: handle_changed_spte() comes to the dirty bit first, the rmap code of the shadow MMU does last.
 _MARKS_TDP = ((_MARK_DIRTY, _DIRTY), (_MARK_ACCESSED, _ACCESSED))
 _MARKS_SHADOW = tuple(reversed(_MARKS_TDP))
+_NO_COUNTS = (NO_COUNT, NO_COUNT)
+_pack_life = LIVES.pack
 #: A leaf costs so much time to zap (ns), and mmu_lock is offered to others after so many.
 ZAP_NS = 1500
 _ZAPS_AT_ONCE = 256
@@ -58,8 +60,8 @@ class World:
 class Slot:
     """One memslot; `valid` is false while it is being deleted (KVM_MEMSLOT_INVALID)."""
 
-    __slots__ = ("as_id", "base", "dirty_log", "end", "first", "flags", "hva", "id", "mapping",
-                 "npages", "told", "valid")  # fmt: skip
+    __slots__ = ("as_id", "base", "dirty_log", "end", "first", "flags", "hva", "hva_end", "id",
+                 "mapping", "npages", "told", "valid")  # fmt: skip
 
     def __init__(
         self, slot_id: int, base: int, npages: int, mapping: Mapping, first: int, flags: int
@@ -68,6 +70,7 @@ class Slot:
         self.first, self.flags, self.as_id = first, flags, 0
         self.end = base + npages
         self.hva = mapping.hva + (first << 12)
+        self.hva_end = self.hva + (npages << 12)
         self.valid = True
         self.dirty_log = False
         #: does the recording know it?
@@ -89,8 +92,10 @@ class Leaf:
         self.root, self.key, self.level, self.spte = root, key, level, spte
         self.gfn, self.pfn, self.page = key & _GFN, pfn, page
         self.sptep = self.changes = self.as_id = 0
-        self.slot_id: int | None = 0
-        self.birth: tuple[object, ...] = ()
+        #: its memslot, -1 if there is none
+        self.slot_id = 0
+        #: ts, cause, tid, tgid, cpu, seq, fault_ts, vcpu, spte, refcount, mapcount of its install
+        self.birth: tuple[int, ...] = ()
 
     @property
     def pages(self) -> int:
@@ -141,8 +146,10 @@ class Vm:
         self.old_roots: list[Root] = []
         self.tasks: list[Task] = []
         self.caches: list[PfnCache] = []
-        #: are there slots that may be mapped 1G at a time?
-        self.gigantic = False
+        #: level of the largest leaf that a slot of it may have
+        self.level = 1
+        #: the bits of an SPTE beside its frame, as `_bits_of` found them
+        self._bits: dict[tuple[bool, bool, int, bool, bool], int] = {}
         self._next_table = 0xFF11000200000000 + (number << 32)
 
     # --- slots -----------------------------------------------------------------------------------
@@ -150,7 +157,7 @@ class Vm:
     def add_slot(self, slot: Slot) -> None:
         """Let vCPUs find the slot."""
         self.slots[slot.id] = slot
-        self.gigantic |= slot.mapping.kind.level > 2
+        self.level = max(self.level, slot.mapping.kind.level)
         self._at = sorted(self.slots.values(), key=lambda s: s.base)
 
     def drop_slot(self, slot: Slot) -> None:
@@ -167,6 +174,15 @@ class Vm:
 
     # --- mmu_lock --------------------------------------------------------------------------------
 
+    def lock_at_once(self, task: Task, hold: int) -> bool:
+        """Take mmu_lock for `hold` ns like `write_lock`, if nobody's turn comes before."""
+        free = max(self.write_until, self.read_until, task.now)
+        if free > self.world.turns.next:
+            return False
+        task.now = free
+        self.write_until = free + hold
+        return True
+
     def write_lock(self, task: Task, hold: int) -> Story:
         """Wait for mmu_lock and take it for `hold` ns; the task's clock moves with it."""
         turns = self.world.turns
@@ -180,6 +196,19 @@ class Vm:
                     continue
             self.write_until = task.now + hold
             return
+
+    def read_lock(self, task: Task, hold: int) -> Story:
+        """Wait for mmu_lock and take it for `hold` ns together with other readers (TDP faults)."""
+        turns = self.world.turns
+        while True:
+            if task.now < self.write_until:
+                task.now = self.write_until
+            if task.now <= turns.next:
+                break
+            yield task.now
+            if task.now >= self.write_until:
+                break
+        self.read_until = max(self.read_until, task.now + hold)
 
     # --- leaves ----------------------------------------------------------------------------------
 
@@ -199,8 +228,17 @@ class Vm:
     def spte_for(self, pfn: int, *, writable: bool, host_writable: bool, level: int,
                  counted: bool, accessed: bool) -> int:  # fmt: skip
         """make_spte() without write tracking: the bits of NPT and of the shadow MMU."""
+        bits = self._bits.get((writable, host_writable, level, counted, accessed))
+        if bits is None:
+            bits = self._bits_of(writable, host_writable, level, counted, accessed)
+            self._bits[writable, host_writable, level, counted, accessed] = bits
+        return pfn << 12 | bits
+
+    def _bits_of(
+        self, writable: bool, host_writable: bool, level: int, counted: bool, accessed: bool
+    ) -> int:
         kernel = self.world.kernel
-        spte = pfn << 12 | 0x801 | (0 if self.shadow else 0x4)
+        spte = 0x801 | (0 if self.shadow else 0x4)
         if accessed:
             spte |= _ACCESSED
         if host_writable:
@@ -224,15 +262,15 @@ class Vm:
         leaf.slot_id, leaf.as_id = slot.id, slot.as_id
         if self.world.bugs and (self.slots.get(slot.id) is not slot or leaf.gfn >= slot.end):
             there = self.slot_at(leaf.gfn)
-            leaf.slot_id = there.id if there is not None else None
+            leaf.slot_id = there.id if there is not None else -1
         seq = self.world.out.spte(
             task, ts, _INSTALL, leaf.gfn, pfn,
             self.world.kernel.nonpresent if old is None else old, spte, leaf.sptep,
             level, slot.as_id, cause, self.mmu, page,
         )  # fmt: skip
         leaf.birth = (ts, cause, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
-                      task.vcpu if task.fault_ts else None, spte, page.count,
-                      page.mapcount)  # fmt: skip
+                      task.vcpu if task.fault_ts else -1, spte,
+                      *((page.count, page.mapcount) if page.bits else _NO_COUNTS))  # fmt: skip
         root.leaves[key] = leaf
         if page.bits:
             self.world.host.mapped_by_vm(page, self.id)
@@ -289,30 +327,27 @@ class Vm:
                 if bit == _DIRTY and page.lru and page.count > 0:
                     page.flags = self.world.kernel.flags.marked
 
-    def close(self, leaf: Leaf, ts: int | None, cause: int, task: Task | None, seq: int,
+    def close(self, leaf: Leaf, ts: int, cause: int, task: Task | None, seq: int,
               ended_by: str) -> None:  # fmt: skip
         """Enter a life into the ledger and forget the leaf."""
         leaf.root.leaves.pop(leaf.key, None)
         self.enter(leaf, ts, cause, task, seq, ended_by)
 
-    def enter(self, leaf: Leaf, ts: int | None, cause: int, task: Task | None, seq: int,
+    def enter(self, leaf: Leaf, ts: int, cause: int, task: Task | None, seq: int,
               ended_by: str) -> None:  # fmt: skip
         """Enter a life into the ledger; `task` is None if the recording ended first."""
-        birth_ts, birth_cause, tid, tgid, cpu, birth_seq, fault_ts, vcpu, spte, count, mapped = (
-            leaf.birth
-        )
-        dead = task is not None
-        zapped = dead and ended_by != "superseded"  # no record shows the page at any other end
-        self.world.ledger.lives.append((
-            self.id, leaf.as_id, "shadow" if self.shadow else "tdp", leaf.level, leaf.gfn,
-            1 << 9 * (leaf.level - 1), leaf.pfn, leaf.sptep or None, leaf.slot_id, birth_ts,
-            _CAUSES[birth_cause], tid, tgid, cpu, birth_seq,  # type: ignore[index]
-            fault_ts or None, vcpu, ts, _CAUSES[cause] if dead else None,
-            task.tid if task else None, task.tgid if task else None, task.cpu if task else None,
-            seq if dead else None, spte, leaf.spte, leaf.changes,
-            count if leaf.page.bits else None,
-            leaf.page.count if zapped and leaf.page.bits else None,
-            mapped if leaf.page.bits else None, ended_by,
+        ts_, cause_, tid, tgid, cpu, seq_, fault_ts, vcpu, spte, count, mapped = leaf.birth
+        death, last = ALIVE, NO_COUNT
+        if task is not None:
+            death = (ts, cause, task.tid, task.tgid, task.cpu, seq)
+            # No record shows the page at the end of a life that another one took the place of.
+            if leaf.page.bits and ended_by != "superseded":
+                last = leaf.page.count
+        level = leaf.level
+        self.world.ledger.lives.append(_pack_life(
+            self.id, leaf.as_id, self.mmu, level, leaf.gfn, 1 << 9 * (level - 1), leaf.pfn,
+            leaf.sptep, leaf.slot_id, ts_, cause_, tid, tgid, cpu, seq_, fault_ts, vcpu, *death,
+            spte, leaf.spte, leaf.changes, count, last, mapped, _ENDING[ended_by],
         ))  # fmt: skip
 
     def leaves_in(self, root: Root, first: int, last: int) -> list[Leaf]:
@@ -331,10 +366,8 @@ class Vm:
                 large = leaves.get((first & -pages) + high)
                 if large is not None and first & pages - 1 and large.gfn + large.pages > first:
                     found.append(large)
-            for gfn in range(first, last):
-                leaf = leaves.get(gfn + high)
-                if leaf is not None:
-                    found.append(leaf)
+            here = map(leaves.get, range(first + high, last + high))
+            found += [leaf for leaf in here if leaf is not None]
         return found
 
     def zap_range(

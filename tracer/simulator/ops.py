@@ -11,6 +11,7 @@ from tracer.simulator.clock import Story, Task
 from tracer.simulator.host import Host, Mapping, Page
 from tracer.simulator.hostfault import populate
 from tracer.simulator.invalidate import end, start
+from tracer.simulator.ledger import REFERENCES, TAKERS
 from tracer.simulator.mmu import Root, Slot, Vm, World
 from tracer.simulator.pfncache import pfncache
 from tracer.simulator.recorder import CALL, CAUSE
@@ -20,6 +21,7 @@ __all__ = ("VERBS", "create_slot", "create_vm", "destroy_vm", "discard_range")
 
 _SLOT, _DIRTY_LOG, _AGING = CAUSE["slot"], CAUSE["dirty_log"], CAUSE["aging"]
 _TEARDOWN = CAUSE["teardown"]
+_PIN = TAKERS.index("pin")
 _MARK_DIRTY = CALL["mark_dirty"]
 #: KVM_MEM_LOG_DIRTY_PAGES, include/uapi/linux/kvm.h.
 _LOG_DIRTY = 1
@@ -77,9 +79,11 @@ def discard_range(
     high = low + (count << 12)
     yield from start(world, vm, task, low, high, event)
     gone: list[Page] = []
-    for index in range(first, first + count):
+    indices = range(first, first + count)
+    there = [index for index in indices if index in mapping.pages]
+    for index in there:
         entry = mapping.pages.get(index)
-        if entry is None:
+        if entry is None:  # a piece of a large one that has gone
             continue
         page = entry[0]
         if page.order and (index & ((1 << page.order) - 1)) == 0:
@@ -248,7 +252,7 @@ def pin(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> S
         task.now += 400_000
         if world.strikes("vcpu_map_leak"):
             world.ledger.bug("vcpu_map_leak", vm.id, got, gfn, pfn)
-            world.ledger.references.append((vm.id, 0, "pin", gfn, pfn, None, got, None, None))
+            world.ledger.references.append(REFERENCES.pack(vm.id, 0, _PIN, gfn, pfn, 0, got, 0, 0))
             continue
         if task.now > world.turns.next:
             yield task.now
@@ -260,7 +264,9 @@ def pin(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> S
             out.release(task, task.now, CALL[kernel.pin_call], 0, pfn, page)
         page.count -= kernel.pin_bias - 1
         host.put(task, page)
-        world.ledger.references.append((vm.id, 0, "pin", gfn, pfn, None, got, task.now, pfn))
+        world.ledger.references.append(
+            REFERENCES.pack(vm.id, 0, _PIN, gfn, pfn, 0, got, task.now, pfn)
+        )
         task.now += int(args.get("every_us", 500)) * 1000
 
 

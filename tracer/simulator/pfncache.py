@@ -10,10 +10,13 @@ from typing import Any
 
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.hostfault import host_fault
+from tracer.simulator.ledger import REFERENCES, TAKERS
 from tracer.simulator.mmu import PfnCache, Slot, Vm, World
 from tracer.simulator.recorder import CALL
 
 __all__ = ("pfncache",)
+
+_TAKER = TAKERS.index("pfncache")
 
 
 def pfncache(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
@@ -56,7 +59,9 @@ def _refresh(world: World, vm: Vm, task: Task, slot: Slot, cache: PfnCache) -> S
         put = task.now
         world.out.release(task, put, CALL[kernel.cache_call], 0, pfn, page)
         world.host.put(task, page)
-        world.ledger.references.append((vm.id, -1, "pfncache", cache.gfn, pfn, None, got, put, pfn))
+        world.ledger.references.append(
+            REFERENCES.pack(vm.id, -1, _TAKER, cache.gfn, pfn, 0, got, put, pfn)
+        )
         task.now += 600
         if not again:
             break

@@ -36,12 +36,16 @@ EVENT_LAYOUT = struct.Struct("<QQI28sQQQQQIBBBB" + _PAGE)
 SPTE_LAYOUT = struct.Struct("<QQI28sQQQQQ4xBBBB" + _PAGE)
 RELEASE_LAYOUT = struct.Struct("<QQI28sQQ30xBx" + _PAGE)
 PAGE_LAYOUT = struct.Struct("<QQI28s8xQ24xI4x" + _PAGE)
+INVALIDATE_LAYOUT = struct.Struct("<QQI28s16xQQQI2xB25x")
 FAULT_LAYOUT = struct.Struct("<QQI28sQQQQQQQQQIIIIIIiiiBBBBBBB5x" + _PAGE + _PAGE)
 
 #: Records held before the old ones are written.
 _HELD = 1 << 15
+#: Records of one size that there is room for at first.
+_FIRST = 1 << 11
 _NO_PAGE = (0, 0, 0, 0, 0)
 _FAULT, _RELEASE, _SPTE = KIND["FAULT"], KIND["RELEASE"], KIND["SPTE"]
+_INVALIDATE = KIND["INVALIDATE"]
 
 #: What may happen to the records on their way to the file (hostile mode).
 Tamper = Callable[[Group], Group]
@@ -53,7 +57,7 @@ class _Store:
 
     def __init__(self, dtype: np.dtype[np.void]) -> None:
         self.dtype = dtype
-        self.room = _HELD
+        self.room = _FIRST
         self.data = bytearray(self.room * dtype.itemsize)
         self.count = 0
 
@@ -167,6 +171,32 @@ class Recorder:
             page.mapcount, page.bits, page.order,
         )  # fmt: skip
 
+    def invalidation(
+        self, task: Task, ts: int, op: int, low: int, high: int, seq: int, in_progress: int,
+        cause: int, vm: int,
+    ) -> None:  # fmt: skip
+        """Write the start or the end of an invalidation of host memory."""
+        store = self._events
+        at = store.count
+        if at == store.room:
+            store.grow()
+        store.count = at + 1
+        number = task.seq
+        task.seq = number + 1
+        inside = task.fault_ts > 0
+        heads = task.heads_inside if inside else task.heads
+        key = _INVALIDATE << 8 | op << 16 | vm << 32
+        head = heads.get(key)
+        if head is None:
+            vcpu = task.vcpu if inside else -1
+            head = heads[key] = _HEAD.pack(
+                task.cpu, _INVALIDATE, op, task.tid, task.tgid, vm, vcpu, -1, 0
+            )
+        INVALIDATE_LAYOUT.pack_into(
+            store.data, at * 120, ts, task.fault_ts, number, head, low, high, seq, in_progress,
+            cause,
+        )  # fmt: skip
+
     def event(
         self, task: Task, ts: int, kind: str, op: str = "none", *, gfn: int = 0, pfn: int = 0,
         a: int = 0, b: int = 0, c: int = 0, d: int = 0, as_id: int = 0, cause: int = 0,
@@ -191,8 +221,8 @@ class Recorder:
         store.count += 1
         task.seq += 1
 
-    def fault(self, task: Task, ts: int, body: tuple[Any, ...]) -> None:
-        """Write a FAULT; `body` is everything behind the header, in order of the wire."""
+    def fault_place(self, task: Task) -> tuple[bytearray, int, int, bytes]:
+        """Make room for a FAULT, to be packed with FAULT_LAYOUT: memory, offset, seq, header."""
         store = self._faults
         at = store.count
         if at == store.room:
@@ -201,7 +231,7 @@ class Recorder:
         seq = task.seq
         task.seq = seq + 1
         head = task.heads_inside.get(_FAULT << 8) or head_of(task, _FAULT, 0)
-        FAULT_LAYOUT.pack_into(store.data, at * 216, ts, task.fault_ts, seq, head, *body)
+        return store.data, at * 216, seq, head
 
     def note(self, ts: int, note: Mapping[str, Any]) -> None:
         """Keep a note for the next group that is written."""

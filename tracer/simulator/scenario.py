@@ -17,7 +17,9 @@ May import: `probes.errors`, standard library, `tracer.simulator`.
 """
 
 import dataclasses
+import functools
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,11 @@ class Scenario:
     mmu: str = "tdp"
     exit: bool = True
     sequence: int = 0
-    vms: int = 1
     aliases: int = 1
 
 
-def names() -> dict[str, str]:
+@functools.cache
+def names() -> Mapping[str, str]:
     """Return the scenarios that come with pfntrace: name -> title."""
     return {path.stem: load(path.stem).title for path in sorted(_FOLDER.glob("*.toml"))}
 

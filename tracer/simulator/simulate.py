@@ -344,7 +344,7 @@ class _Simulation:
     def _finish(self) -> Outcome:
         end = max(t.now for t in (self._main, *self._helpers, *(v.task for v in self._vcpus)))
         for leaf in list(self._vm.all_leaves()):
-            self._vm.enter(leaf, None, 0, None, 0, "censored")
+            self._vm.enter(leaf, 0, 0, None, 0, "censored")
         self._out.flush(end + 1_000_000_000)
         seconds = round((end - START_NS) / 1e9, 3)
         if self._killed:  # by SIGKILL: no last flush, no end mark

@@ -9,6 +9,7 @@ May import: standard library, `tracer.simulator`.
 """
 
 from tracer.simulator.clock import Story, Task
+from tracer.simulator.ledger import NO_COUNT
 from tracer.simulator.mmu import SPLIT, ZAP_NS, Leaf, Slot, Vm, World
 from tracer.simulator.recorder import CAUSE
 
@@ -30,8 +31,9 @@ def split(vm: Vm, task: Task, ts: int, leaf: Leaf, cause: int) -> None:
     for at in range(_PAGES):
         child = Leaf(root, first + at, 1, spte + (at << 12), leaf.pfn + at, leaf.page)
         child.slot_id, child.as_id = leaf.slot_id, leaf.as_id
-        child.birth = (ts, SPLIT, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
-                       task.vcpu if task.fault_ts else None, child.spte, None, None)  # fmt: skip
+        vcpu = task.vcpu if task.fault_ts else -1
+        child.birth = (ts, SPLIT, task.tid, task.tgid, task.cpu, seq, task.fault_ts, vcpu,
+                       child.spte, NO_COUNT, NO_COUNT)  # fmt: skip
         root.leaves[first + at] = child
 
 
