@@ -114,7 +114,7 @@ lab-bugs: .venv/.installed ## changed KVMs with planted bugs, recorded and check
 
 soak: .venv/.installed ## SEEDS=1000 simulations of every kernel and bug; makes docs/SIMULATION.md
 	@$(call say,soak: $(SEEDS) seeds of each kernel and bug)
-	@$(BIN)/python tests/unit/simsoak.py $(SEEDS) docs/SIMULATION.md $(MINUTES)
+	@$(BIN)/python tests/unit/simsoak.py $(SEEDS) docs/SIMULATION.md "$(MINUTES)" build/soak
 
 bench: .venv/.installed ## what recording costs: alone, under pfntrace, under trace-cmd
 	@$(call say,bench: interleaved runs in one boot of the lab (ratios of medians))

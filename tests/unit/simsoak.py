@@ -1,13 +1,17 @@
 """`make soak`: many seeds of every kernel and bug, and the table of what the checks found.
 
-    python tests/unit/simsoak.py SEEDS [TABLE [MINUTES]]
+    python tests/unit/simsoak.py SEEDS [TABLE [MINUTES [FOLDER]]]
 
 Each kernel and bug is simulated with each seed twice: clean, where lives, kinds and pages must be
 those of the ledger exactly, and hostile, where nobody may be accused. Exit status 1 if one run was
 not as it should be, or if a cell of the table is not 1.00 and has no explanation, or has become
 1.00 and still has one. With TABLE the Markdown is written there; after MINUTES no seed is begun.
+With FOLDER what each seed said is kept there, and a soak that was interrupted goes on where it was,
+as long as neither the model nor what judges it has changed.
 """
 
+import hashlib
+import pickle
 import sys
 import tempfile
 import time
@@ -34,6 +38,8 @@ _MEM = 2 << 20
 _MEM_MORE = dict.fromkeys(
     ("missing_put", "missing_put_shadow", "double_put", "stale_slot", "use_after_put"), 4 << 20
 )
+#: What a run depends on, and of that what only tells of runs.
+_DEPENDS, _TELLS = ("analysis", "probes", "tests", "tracer"), ("simtable", "simexcuses")
 
 
 def jobs_of(seed: int) -> Iterator[Job]:
@@ -78,15 +84,53 @@ def one(job: Job) -> Run:
     return Run(job, outcome.planted, verdict, unequal)
 
 
-def main(seeds: int, output: str = "", minutes: str = "") -> int:
+def tree() -> str:
+    """Return a digest of all that the runs of a soak depend on: what one run loads."""
+    one(("6.12", "missing_put", "", 1))
+    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(path) for path in loaded if path} | set(ROOT.glob("tracer/simulator/*/*.toml"))
+    told = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(files):
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in _DEPENDS:
+            if path.stem not in _TELLS:
+                told.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return told.hexdigest()[:16]
+
+
+class Kept:
+    """What earlier seeds said, in `folder` (none if "")."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder) / tree() if folder else None
+        if self._folder:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, seed: int) -> list[Run] | None:
+        """Return the runs of a seed, None if they were never all made."""
+        path = self._folder / f"{seed}.pickle" if self._folder else None
+        return pickle.loads(path.read_bytes()) if path and path.exists() else None
+
+    def put(self, seed: int, runs: list[Run]) -> None:
+        """Keep the runs of a seed."""
+        if self._folder:
+            part = self._folder / f"{seed}.part"
+            part.write_bytes(pickle.dumps(runs))
+            part.rename(self._folder / f"{seed}.pickle")
+
+
+def main(seeds: int, output: str = "", minutes: str = "", folder: str = "") -> int:
     """Run, tell what went wrong, write the table."""
-    table, began = Table(), time.monotonic()
+    table, kept, began = Table(), Kept(folder), time.monotonic()
     with ProcessPoolExecutor(2) as pool:
         for seed in range(1, seeds + 1):
             if minutes and time.monotonic() - began > 60 * float(minutes):
                 print(f"stopped after {minutes} minutes", file=sys.stderr)
                 break
-            for run in pool.map(one, list(jobs_of(seed)), chunksize=4):
+            runs = kept.get(seed)
+            if runs is None:
+                runs = list(pool.map(one, list(jobs_of(seed)), chunksize=4))
+                kept.put(seed, runs)
+            for run in runs:
                 for complaint in table.add(run):
                     print(complaint[:300], file=sys.stderr, flush=True)
             if output and seed % 10 == 0:
@@ -101,4 +145,4 @@ def main(seeds: int, output: str = "", minutes: str = "") -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), *sys.argv[2:4]))
+    raise SystemExit(main(int(sys.argv[1]), *sys.argv[2:5]))

@@ -6,7 +6,7 @@ from zlib import crc32
 import pytest
 from unit.simexcuses import Excuse, check_names, excuse, explained
 from unit.simkit import make
-from unit.simsoak import jobs_of, one
+from unit.simsoak import Kept, jobs_of, one
 from unit.simtable import Table
 from unit.simtruth import CONSEQUENCES, FINDS, STORIES, differences, judge, told_stories
 
@@ -136,3 +136,17 @@ def test_the_soak_simulates_every_kernel_with_every_bug_clean_and_hostile():
     for clean in (True, False):
         assert pairs == {(k, b) for k, b, kind, _ in jobs if b and (not kind) == clean}
     assert {kind for _, bug, kind, _ in jobs if not bug} == {"", *HOSTILE}
+
+
+def test_a_soak_that_was_interrupted_goes_on_where_it_was(tmp_path, monkeypatch):
+    # Given a soak that kept the runs of one seed
+    runs = [one(("6.12", "missing_put", "", 3))]
+    Kept(str(tmp_path)).put(3, runs)
+
+    # When the next one begins, then it has them, and only them
+    kept = Kept(str(tmp_path))
+    assert kept.get(3) == runs and kept.get(4) is None
+    # And nothing of another tree, nor where nothing is kept
+    monkeypatch.setattr("unit.simsoak.tree", lambda: "of another model")
+    assert Kept(str(tmp_path)).get(3) is None
+    assert Kept("").get(3) is None
