@@ -69,5 +69,12 @@ def closing_lines(
     if outcome.why == "command" and status:
         yield f"the command exited with status {status}"
     if not outcome.faults and not outcome.problem:
-        yield "no guest page fault was seen: was a VM running, and was it this one (--vm)?"
+        leaves = outcome.counts["SPTE"].produced if "SPTE" in outcome.counts else 0
+        if leaves:
+            yield (
+                f"no guest page fault was seen, but {leaves:,} SPTE records: either the guest had "
+                "faulted before, or this kernel's faults pass the probes by: see pfntrace check"
+            )
+        else:
+            yield "no guest page fault was seen: was a VM running, and was it this one (--vm)?"
     yield f"wrote {path} ({size(outcome.bytes)}); see: pfntrace report {path}"

@@ -345,3 +345,14 @@ def test_sizes_are_for_people(count, text):
 )
 def test_a_range_of_frames_is_read_in_any_base(text, gfns):
     assert parse_frames(text) == gfns
+
+
+def test_leaves_without_faults_are_told_when_the_recording_ends():
+    # Given a kernel of which the probes see SPTEs, but never a fault; and a host without a VM
+    passed_by = outcome(faults=0, counts={"SPTE": Counts(82, 0, 0), "FAULT": Counts()})
+    idle = outcome(faults=0, counts={"SPTE": Counts(), "FAULT": Counts()})
+
+    # When their recordings end, then each hears what to look at
+    assert any("no guest page fault was seen, but 82 SPTE records" in s for s in summary(passed_by))
+    assert any("was a VM running, and was it this one" in line for line in summary(idle))
+    assert not any("no guest page fault" in line for line in summary(outcome()))

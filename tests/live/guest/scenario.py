@@ -24,6 +24,13 @@ WITNESS = {
     "tdp_installs": ("kvmmmu/kvm_tdp_mmu_spte_changed", "hist:keys=level if new_spte & 0x800"),
     "shadow_installs": ("kvmmmu/kvm_mmu_set_spte", "hist:keys=level if spte & 0x800"),
 }
+SIMULATED = (
+    ("--kernel", "6.12", "--scenario", "balloon", "--mem", "1M", "--seed", "11"),
+    ("--kernel", "v9", "--scenario", "nested", "--mem", "1M", "--mmu", "shadow", "--seed", "12",
+     "--bug", "missing_put_shadow"),
+    ("--kernel", "6.13", "--scenario", "storm", "--mem", "1M", "--vcpus", "3", "--seed", "13",
+     "--hostile", "loss", "--hostile", "skew"),
+)  # fmt: skip
 DEMAND = ["demand_paging_test", "-v", "1", "-b", "64M"]
 
 
@@ -256,6 +263,14 @@ def confidential() -> None:
     """A host whose kernel may not be read: boot with lockdown=confidentiality."""
     step("locked", ["pfntrace", "record", "-o", str(OUT / "locked.pfnt"), "--", "true"])
     step("locked_doctor", ["pfntrace", "doctor", "--json"])
+    simulated()
+
+
+def simulated() -> None:
+    """Simulations need no kernel: the host makes the same with its own Python, and compares."""
+    for at, knobs in enumerate(SIMULATED):
+        step(f"simulated{at}", ["pfntrace", "simulate", "-o", str(OUT / f"simulated{at}.pfnt"),
+                                *knobs], python=sys.version_info[:2])  # fmt: skip
 
 
 SCENARIOS: dict[str, Callable[[], None]] = {
