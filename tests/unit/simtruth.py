@@ -3,9 +3,8 @@
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.check import CheckResult, check_trace
@@ -13,7 +12,10 @@ from analysis.findings import Finding
 from analysis.lives import lives_of
 from tracer.simulator.simulate import Outcome
 
-__all__ = ("CONSEQUENCES", "FINDS", "STORIES", "Verdict", "differences", "judge", "told_stories")
+__all__ = (
+    "COLUMNS", "CONSEQUENCES", "FINDS", "STORIES", "Verdict", "differences", "judge",
+    "told_stories",
+)  # fmt: skip
 
 #: Columns of a life that both sides know.
 COLUMNS = (
@@ -22,6 +24,8 @@ COLUMNS = (
     *("death_ts", "death_cause", "death_tid", "death_tgid", "death_cpu", "death_seq"),
     *("spte_birth", "changes", "refcount_birth", "refcount_death", "mapcount_birth", "ended_by"),
 )
+
+_KEYS = ("birth_ts", "birth_cpu", "birth_seq")
 
 #: Planted bug -> the detectors of which one must name it.
 FINDS = {
@@ -90,26 +94,19 @@ class Verdict:
 
 def differences(outcome: Outcome) -> list[str]:
     """Return what the reconstructed lives and the ledger disagree about."""
-    keys = ["birth_ts", "birth_cpu", "birth_seq"]
-    got = lives_of(outcome.trace).sort_values(keys, ignore_index=True)
-    truth = pd.read_parquet(outcome.truth["lives"]).sort_values(keys, ignore_index=True)
+    truth = pq.ParquetFile(outcome.truth["lives"]).read(list(COLUMNS), use_threads=False)
+    truth = truth.sort_by([(name, "ascending") for name in _KEYS])
+    got = lives_of(outcome.trace).sort_values(list(_KEYS), ignore_index=True)
     if len(got) != len(truth):
         return [f"{len(got)} lives, truth has {len(truth)}"]
+    ours = pa.Table.from_pandas(got[list(COLUMNS)], truth.schema, preserve_index=False)
     told = []
     for name in COLUMNS:
-        ours, theirs = _plain(got[name]), _plain(truth[name])
-        if ours != theirs:
-            unequal = [at for at, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-            at = unequal[0]
-            told.append(f"{name} of {len(unequal)}: {ours[at]!r}, truth {theirs[at]!r}")
+        if not ours[name].equals(truth[name]):
+            pairs = list(zip(ours[name].to_pylist(), truth[name].to_pylist(), strict=True))
+            unequal = [pair for pair in pairs if pair[0] != pair[1]]
+            told.append(f"{name} of {len(unequal)}: {unequal[0][0]!r}, truth {unequal[0][1]!r}")
     return told
-
-
-def _plain(column: "pd.Series[Any]") -> list[Any]:
-    missing = column.isna()
-    if not missing.any():
-        return column.tolist()
-    return [None if gone else value for value, gone in zip(column, missing, strict=True)]
 
 
 class _Truth:

@@ -3,12 +3,22 @@
 import dataclasses
 from zlib import crc32
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from unit.simexcuses import Excuse, check_names, excuse, explained
 from unit.simkit import make
 from unit.simsoak import Kept, jobs_of, one
 from unit.simtable import Table
-from unit.simtruth import CONSEQUENCES, FINDS, STORIES, differences, judge, told_stories
+from unit.simtruth import (
+    COLUMNS,
+    CONSEQUENCES,
+    FINDS,
+    STORIES,
+    differences,
+    judge,
+    told_stories,
+)
 
 from analysis.check import check_trace
 from tracer.simulator.bugs import BUGS
@@ -150,3 +160,22 @@ def test_a_soak_that_was_interrupted_goes_on_where_it_was(tmp_path, monkeypatch)
     monkeypatch.setattr("unit.simsoak.tree", lambda: "of another model")
     assert Kept(str(tmp_path)).get(3) is None
     assert Kept("").get(3) is None
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_life_that_is_wrong_in_one_column_is_told(tmp_path, column):
+    # Given a truth of which one life is another than what was recorded
+    made = make(tmp_path, kernel="6.12", scenario="nested", mem_bytes=1 << 20)
+    path = made.outcome.truth["lives"]
+    table = pq.read_table(path)
+    values = table[column].to_pylist()
+    at = next(n for n, value in enumerate(values) if value is not None)
+    values[at] = "split" if isinstance(values[at], str) else values[at] + 1
+    place = table.schema.get_field_index(column)
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(place, field, pa.array(values, field.type)), path)
+
+    # When both are compared, then this column is named, and no other (but what is in order by it)
+    told = differences(made.outcome)
+    assert any(text.startswith(f"{column} of ") for text in told)
+    assert len(told) == 1 or column in ("birth_ts", "birth_cpu", "birth_seq")

@@ -4,6 +4,7 @@ Loss is counted, as the kernel's programs count it; everything else is silent. T
 happened. May import: `probes`, standard library, `tracer`, numpy.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -56,8 +57,12 @@ class Hostile:
     """What happens to groups of records; called with one, it returns what is left of it."""
 
     def __init__(self, amounts: dict[str, float], seed: int) -> None:
-        self._amounts, self._dice = amounts, Dice(seed ^ 0x5EED)
+        self._amounts, self._seed = amounts, seed ^ 0x5EED
         self._skew: dict[int, int] = {}
+
+    @functools.cached_property
+    def _dice(self) -> Dice:
+        return Dice(self._seed)
 
     @property
     def tampers(self) -> bool:
