@@ -17,8 +17,10 @@ from analysis import detectors
 from analysis.chains import fetch
 from analysis.columns import Records, code, codes, numbers
 from analysis.detector import Chunk, Detector
+from analysis.detectors.freed import settled
 from analysis.detectors.installs import NO_FAULTS
 from analysis.faultjoin import JOIN_COLUMNS, FaultJoiner
+from analysis.findingpage import with_page
 from analysis.findings import Finding, Unanswerable
 from analysis.lifearrays import LIFE_COLUMNS
 from analysis.lives import SPTE_COLUMNS, LifeBuilder, LifeContext
@@ -196,8 +198,15 @@ def _check(
                 *(one.name for one in silent),
             )
         ]
+    # What a detector was given may turn out not to tell.
+    late = ((one.name, getattr(one, "unanswered", "")) for one in able)
+    unable += [Unanswerable(name, reason) for name, reason in late if reason]
+    answered = {one.name for one in able} - {one.detector for one in unable}
+    # Of a range of guest frames the puts of pages of others are missing.
+    lossless = not recording.lost(*RECORD_KINDS) and recording.gfns is None
+    found = settled(found, answered, lossless)
     name = recording_name(reader)
-    return _Answer(name, tuple(fetch(reader, found)), tuple(unable))
+    return _Answer(name, tuple(map(with_page, fetch(reader, found))), tuple(unable))
 
 
 def _silence(recording: Recording) -> str:

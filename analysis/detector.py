@@ -74,7 +74,8 @@ class Detector(Protocol):
 
     `name` is what --detector takes, `title` what it looks for in one line, `rule` the kernel's
     rule with its source. `columns` are the records it needs: kind -> columns (ts, cpu and seq are
-    always there). `wants_lives` and `joins_faults` switch on what costs extra.
+    always there). `wants_lives` and `joins_faults` switch on what costs extra. One that learns only
+    from the records that it cannot answer has `unanswered`, the reason, when it has finished.
     """
 
     name: str

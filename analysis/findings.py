@@ -41,8 +41,9 @@ ANOMALIES = VERDICTS[:2]
 _AFTERMATH = ("use-after-free", "dead-mark", "growth")
 #: Records of one chain of evidence.
 EVIDENCE_MAX = 12
-#: Ranges of guest or host frames that one finding names.
-RANGES_MAX = 16
+#: Ranges of guest or host frames that one finding names: all of most. What is told as text names
+#: the first few of them.
+RANGES_MAX = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,10 +80,11 @@ class Finding:
     """One thing that is wrong, however often it was seen.
 
     `count` is how often, `pages` on how many distinct host pages; `gfns` and `pfns` are ranges
-    [first, last], at most RANGES_MAX. `first_ts` and `last_ts` are ns, CLOCK_MONOTONIC. `where`
-    is the mapping behind the guest's memory (path, VM_* flags), `functions` the kernel's functions
-    at work, `rule` the kernel's rule that is broken, with its source. `evidence` holds records as
-    dicts of the columns that their kinds fill, in order of time.
+    [first, last], at most RANGES_MAX of each: `more` says if that is not all. `first_ts` and
+    `last_ts` are ns, CLOCK_MONOTONIC. `where` is the mapping behind the guest's memory (path, VM_*
+    flags), `functions` the kernel's functions at work, `rule` the kernel's rule that is broken,
+    with its source. `evidence` holds records as dicts of the columns that their kinds fill, in
+    order of time.
     """
 
     detector: str

@@ -8,17 +8,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from analysis.document import Block, Entry, Section, Sentence, Table
+from analysis.findingpage import page_words
 from analysis.findings import Finding
 from analysis.reportrows import Report
 from analysis.text import plural
 from tracer.describe import printable
-from tracer.dump import record_line
+from tracer.dump import RECORD_MAX, record_line
 from tracer.schema import FILE_KINDS, columns_of_kind
 
 __all__ = ("anomalies", "finding_entry")
 
-#: Slots or VMs of one finding that are named.
+#: Slots or VMs of one finding that are named, and ranges of frames; its JSON has them all.
 _NAMED_MAX = 8
+_RANGES_MAX = 16
 _TONES = {"definite": "bad", "probable": "bad", "inconclusive": "warn", "explained": "warn"}
 
 
@@ -43,6 +45,7 @@ def finding_entry(finding: Finding, start_ns: int) -> Entry:
         ("seen", _seen(finding, start_ns)),
         ("in", _place(finding)),
         ("behind", printable(finding.where)),
+        ("page", page_words(finding)),
         ("functions", printable(", ".join(finding.functions))),
         ("rule", printable(finding.rule)),
         *(
@@ -68,7 +71,8 @@ def _seen(finding: Finding, start_ns: int) -> str:
 
 
 def _place(finding: Finding) -> str:
-    more = " and more" if finding.more else ""
+    longest = max(len(finding.gfns), len(finding.pfns))
+    more = " and more" if finding.more or longest > _RANGES_MAX else ""
     parts = [
         printable(finding.recording),
         f"VM {_names(finding.vms)}" if finding.vms else "",
@@ -85,7 +89,7 @@ def _names(numbers: Sequence[int]) -> str:
 
 
 def _ranges(ranges: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{a:#x}-{b:#x}" if a != b else f"{a:#x}" for a, b in ranges)
+    return ", ".join(f"{a:#x}-{b:#x}" if a != b else f"{a:#x}" for a, b in ranges[:_RANGES_MAX])
 
 
 def _line(row: dict[str, Any], start_ns: int) -> str:
@@ -93,4 +97,5 @@ def _line(row: dict[str, Any], start_ns: int) -> str:
     if kind not in FILE_KINDS:
         return printable(row)
     # Lines of a dump begin with room for longer times than there is here.
-    return record_line({**dict.fromkeys(columns_of_kind(str(kind))), **row}, start_ns).strip()
+    whole = {**dict.fromkeys(columns_of_kind(str(kind))), **row}
+    return record_line(whole, start_ns, RECORD_MAX).strip()

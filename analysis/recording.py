@@ -121,6 +121,11 @@ def _sane(facts: KernelFacts) -> KernelFacts:
     return dataclasses.replace(
         facts,
         values=known,
+        enums={
+            str(name): value
+            for name, value in (facts.enums if isinstance(facts.enums, dict) else {}).items()
+            if type(value) is int
+        },
         params={str(name): str(value) for name, value in params.items()},
         cpus=min(max(cpus, 1), _CPUS_MAX),
     )

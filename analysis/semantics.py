@@ -21,7 +21,7 @@ May import: `probes.facts`.
 import dataclasses
 from collections.abc import Collection
 
-from probes.facts import KernelFacts
+from probes.facts import KernelFacts, series_version
 
 __all__ = ("PUT_CALLS", "MARK_CALLS", "Semantics", "semantics_of")
 
@@ -39,7 +39,7 @@ class Semantics:
 
     `put` is where the reference of a fault ends: "in fault" (one RELEASE in every fault that got a
     counted page), "at fault-in" (gone when the fault-in function returns, no RELEASE), "either"
-    (versions of the series differ and cannot be told apart beforehand) or "unknown".
+    (a version of the series whose structures do not tell which of both) or "unknown".
     """
 
     generation: str
@@ -106,11 +106,14 @@ def _of_series(hooks: Collection[str], facts: KernelFacts) -> Semantics:
     # v10 and v11 have kvm_page_fault.accessed_page, v7 to v9 is_refcounted_page; v11 has the mask.
     named = facts.has_field("kvm_page_fault", "is_refcounted_page")
     masked = facts.values.get("shadow_refcounted_mask")
+    put = _put_of_series(facts)
     return Semantics(
         generation="G1",
-        put="either" if named else "at fault-in",
+        put=put,
         put_hooks=("release_page_clean",),
-        put_function="kvm_release_page_clean",
+        put_function="kvm_follow_refcounted_pfn"
+        if put == "at fault-in"
+        else "kvm_release_page_clean",
         prefetch_function="direct_pte_prefetch_many",
         counts_pfnmap=True,
         refuses_uncounted=False,
@@ -119,3 +122,13 @@ def _of_series(hooks: Collection[str], facts: KernelFacts) -> Semantics:
         marks_at_zap=True,
         prefetch_puts=False,
     )
+
+
+def _put_of_series(facts: KernelFacts) -> str:
+    """Return where a version of the series puts: v9 in the fault, as mailed nowhere."""
+    version = series_version(facts)
+    if not version:
+        return (
+            "either" if facts.has_field("kvm_page_fault", "is_refcounted_page") else "at fault-in"
+        )
+    return "in fault" if version == "v9" else "at fault-in"

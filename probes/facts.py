@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from probes.errors import TraceFormatError
 
-__all__ = ("FACTS_VERSION", "Field", "KernelFacts")
+__all__ = ("FACTS_VERSION", "Field", "KernelFacts", "series_version")
 
 FACTS_VERSION = 1
 
@@ -123,3 +123,22 @@ class KernelFacts:
             if member in known:
                 return known[member].offset
         return None
+
+
+def series_version(facts: KernelFacts) -> str:
+    """Name the version of the out-of-tree series of a G1 kernel, "" if its structures do not tell.
+
+    Each version left members of its own (KVM-FACTS 2.1 to 2.3), and v11 a mask.
+    """
+    if "shadow_refcounted_mask" in facts.values:
+        return "v11"
+    if facts.has_field("kvm_page_fault", "accessed_page"):
+        return "v10"
+    for member, version in (
+        ("allow_write_mapping", "v7"),
+        ("allow_non_refcounted_struct_page", "v9"),
+        ("try_map_writable", "v8"),
+    ):
+        if facts.has_field("kvm_follow_pfn", member):
+            return version
+    return ""

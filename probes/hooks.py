@@ -319,6 +319,7 @@ STRUCTS: dict[str, tuple[str, ...]] = {
         "is_refcounted_page",
         "pin",
         "allow_write_mapping",
+        "try_map_writable",
         "allow_non_refcounted_struct_page",
     ),
     "page": (
@@ -351,6 +352,9 @@ ENUM_VALUES: tuple[str, ...] = (
     "RET_PF_SPURIOUS",
     "PG_head",
     "PG_reserved",
+    "PG_lru",
+    "PG_mlocked",
+    "PG_swapcache",
     "ZONE_DEVICE",
     "__MAX_NR_ZONES",
 )

@@ -1,12 +1,14 @@
 """`pfntrace dump`: records in the order of time, one a line, for people or as JSON.
 
-A line has at most 120 columns and nothing in it but printable characters, whatever the file holds.
+A line has at most 120 columns, or as many as the terminal if that is wider, and nothing in it but
+printable characters, whatever the file holds.
 May import: `tracer.describe`, `tracer.schema`, `tracer.timeorder`, `tracer.tracefile`,
 `tracer.tracemeta`, numpy, pyarrow.
 """
 
 import errno
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,10 +22,12 @@ from tracer.timeorder import rows_at, values
 from tracer.tracefile import TraceReader
 from tracer.tracemeta import parse_json
 
-__all__ = ("LINE_MAX", "dump_json", "dump_lines", "record_line")
+__all__ = ("LINE_MAX", "RECORD_MAX", "dump_json", "dump_lines", "record_line")
 
-#: Columns of a terminal that a line may take; what is longer is cut and ends in "…".
+#: Columns that a line may take; what is longer is cut before a word and ends in "…".
 LINE_MAX = 120
+#: The same where there is room, or where lines are wrapped: no record of pfntrace is longer.
+RECORD_MAX = 400
 
 #: Rows turned into Python objects at a time: `| head` must not wait for a whole batch.
 _ROWS_AT_ONCE = 256
@@ -45,22 +49,29 @@ def dump_lines(
     """Yield a line for each record: seconds since the start, cpu, VM/vCPU, what happened.
 
     Only those of `kinds` (all if None), and of guest frames first to last if `gfns` is given, at
-    most `limit` of them. Raises UsageError for a name that is no kind.
+    most `limit` of them. A line has LINE_MAX columns at most, or those of the terminal. Raises
+    UsageError for a name that is no kind.
     """
     start = reader.meta.start_monotonic_ns
+    width = min(max(shutil.get_terminal_size().columns, LINE_MAX), RECORD_MAX)
     for row in _rows(reader, kinds, gfns, limit):
-        yield record_line(row, start)
+        yield record_line(row, start, width)
 
 
-def record_line(row: Row, start: int) -> str:
+def record_line(row: Row, start: int, width: int = LINE_MAX) -> str:
     """Return the line of one record: a dict of the columns that its kind fills.
 
-    `start` is when the recording began, ns.
+    `start` is when the recording began, ns; `width` how many columns the line may have. What is
+    longer ends with a whole word, so that no number is cut, and "…".
     """
     line = f"{_prefix(row, start)} {_text(row)}"
     if not line.isprintable():
         line = printable(line)
-    return line if len(line) <= LINE_MAX else line[: LINE_MAX - 1] + "…"
+    if len(line) <= width:
+        return line
+    # A word as long as half of a line is no number.
+    end = line.rfind(" ", width // 2, width - 1)
+    return line[: width - 1] + "…" if end < 0 else line[: end + 1] + "…"
 
 
 def dump_json(
@@ -289,7 +300,7 @@ def _loss(row: Row) -> Iterator[str]:
 
 
 def _note(row: Row) -> Iterator[str]:
-    yield (row["note"] or "")[:LINE_MAX]
+    yield (row["note"] or "")[:RECORD_MAX]
 
 
 _FORMS: dict[str, Callable[[Row], Iterator[str]]] = {

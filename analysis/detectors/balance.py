@@ -7,7 +7,7 @@ record. Faults are judged whose page was seen and is one that KVM counts.
 A put that shows as two records, the outer function and the one it calls, is one put: the recorder
 takes the inner one out by its unchanged count, and misses that if somebody else dropped a reference
 between the two. So a second record is a second put only if it cannot be that inner call.
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy, pandas.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import (
     Occurrences,
+    function_of,
     is_put,
     loss_verdict,
     missing_hooks,
@@ -40,16 +41,17 @@ from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.recording import Recording
 from analysis.text import plural
+from probes.wire import CALLS
 
 __all__ = ("Balance",)
 
 _RULE = (
     "KVM holds a reference to a page only while the fault lasts that took it: {put}() gives it "
-    "back once (arch/x86/kvm/mmu/mmu.c, {where})."
+    "back once ({where})."
 )
 _WHERE = {
-    "in fault": "at the end of each fault that got a page",
-    "at fault-in": "before fault-in returns, in this version of the series",
+    "in fault": "arch/x86/kvm/mmu/mmu.c, at the end of each fault that got a page",
+    "at fault-in": "virt/kvm/kvm_main.c, before fault-in returns in this version of the series",
     "either": "where depends on the version of the series",
 }
 #: More than this part of a group is "every".
@@ -91,6 +93,8 @@ class Balance:
         self._short = Occurrences()
         self._prefetched = Occurrences()
         self._prefetches = 0
+        #: the call by which a fault first gave something back that it did not hold
+        self._put = ""
         self._judged = dict.fromkeys(("all", *_GROUPS), 0)
         self._absent = dict.fromkeys(("all", *_GROUPS), 0)
         self._fell = 0
@@ -135,7 +139,10 @@ class Balance:
             if (puts[judged] > 1).any():
                 twice = judged & called_twice(join, own)
                 self._twice.add(faults, np.flatnonzero(twice), faults=True)
-        if semantics.put != "in fault":
+        if semantics.put != "in fault" and given.any():
+            if not self._given:
+                at = np.flatnonzero(own & given[join.releases.fault])[0]
+                self._put = CALLS[join.releases["call"][at]]
             self._given.add(faults, np.flatnonzero(given), faults=True)
         if semantics.prefetch_puts:
             self._feed_prefetches(join, other)
@@ -206,6 +213,8 @@ class Balance:
         puts_in_fault = semantics.put == "in fault" or (semantics.put == "either" and most)
         if self._kept and puts_in_fault:
             found.append(self._leak())
+        if self._kept and semantics.put == "either" and not self._given:
+            found.append(self._undecided())
         if self._given and not puts_in_fault:
             found.append(self._extra())
         if self._twice and puts_in_fault:
@@ -241,7 +250,33 @@ class Balance:
             f"{self._who()} keeps one reference: {plural(pages, 'page')}",
             functions=("kvm_faultin_pfn", self._recording.semantics.put_function),
             innocent=(loss, unseen, _OTHERS),
-            detail={"judged": dict(self._judged), "kept": dict(self._absent), "fell": self._fell},
+            detail={
+                "shape": "leak",
+                "judged": dict(self._judged),
+                "kept": dict(self._absent),
+                "fell": self._fell,
+            },
+        )
+
+    def _undecided(self) -> Finding:
+        faults = plural(self._kept.count, "fault")
+        return self._kept.finding(
+            self,
+            self._recording,
+            "inconclusive",
+            f"no fault put its page: {plural(self._kept.pages, 'page')}",
+            functions=("kvm_faultin_pfn", self._recording.semantics.put_function),
+            innocent=(
+                Innocent(
+                    "this version of the series puts the page before fault-in returns",
+                    f"not ruled out: its structures do not say, and none of {faults} shows a put",
+                ),
+            ),
+            detail={
+                "shape": "undecided",
+                "judged": dict(self._judged),
+                "kept": dict(self._absent),
+            },
         )
 
     def _who(self) -> str:
@@ -273,7 +308,7 @@ class Balance:
             self._recording,
             verdict,
             f"{dropped}, but others do: {plural(self._given.pages, 'page')}",
-            functions=("kvm_faultin_pfn", "kvm_release_pfn_clean"),
+            functions=("kvm_faultin_pfn", *({function_of(self._recording, self._put)} - {""})),
             innocent=(
                 Innocent(
                     "this version of the series puts the page at the end of the fault",
@@ -283,7 +318,11 @@ class Balance:
                 ),
                 loss,
             ),
-            detail={"judged": self._judged["all"], "put": self._given.count},
+            detail={
+                "shape": "put without a get",
+                "judged": self._judged["all"],
+                "put": self._given.count,
+            },
         )
 
     def _double(self) -> Finding:
@@ -294,6 +333,7 @@ class Balance:
             "KVM put the same page twice in one fault, a reference that others own: "
             f"{plural(self._twice.pages, 'page')}",
             functions=(self._recording.semantics.put_function,),
+            detail={"shape": "double put"},
             innocent=(
                 Innocent(
                     "one call shows twice, as the function and one that it calls",
@@ -303,12 +343,14 @@ class Balance:
         )
 
     def _underflow(self) -> Finding:
+        below = str(self._below.first.get("call") or "")
         return self._below.finding(
             self,
             self._recording,
             "definite",
             f"KVM put {plural(self._below.pages, 'page')} whose reference count was 0 already",
-            functions=tuple(sorted({str(self._below.first.get("call") or "")} - {""})),
+            functions=tuple({function_of(self._recording, below)} - {""}),
+            detail={"shape": "put at count 0"},
             rule="put_page() on a page with count 0 frees it a second time (include/linux/mm.h: "
             "put_page_testzero() has VM_BUG_ON_PAGE(page_ref_count(page) == 0)).",
             innocent=(
@@ -332,7 +374,7 @@ class Balance:
             f"{who} keeps one reference: {plural(self._prefetched.pages, 'page')}",
             functions=("kvm_mmu_prefetch_sptes", "kvm_release_page_dirty"),
             innocent=(loss, _OTHERS),
-            detail={"judged": self._prefetches, "kept": count},
+            detail={"shape": "prefetch leak", "judged": self._prefetches, "kept": count},
         )
 
     def _too_few(self) -> Finding:
@@ -343,6 +385,7 @@ class Balance:
             "KVM's put left fewer references than there are mappings on "
             f"{plural(self._short.pages, 'page')}",
             functions=(self._recording.semantics.put_function,),
+            detail={"shape": "fewer than mapped"},
             rule="Each mapping of a page by the host holds a reference: the count is above "
             "_mapcount at every moment (mm/rmap.c; folio_remove_rmap_ptes() comes before the put).",
             innocent=(
@@ -362,6 +405,7 @@ class Balance:
             "KVM raised the count of pages that nobody holds from 0 to 1, and its put frees them: "
             f"{plural(self._alone.pages, 'page')}",
             functions=("hva_to_pfn", self._recording.semantics.put_function),
+            detail={"shape": "resurrected"},
             rule="A page whose count is 0 must not be given a reference, putting it would free "
             'memory of its owner: Linux f8be156be163 ("KVM: do not allow mapping valid but '
             'non-reference-counted pages") (v5.13), CVE-2021-22543.',

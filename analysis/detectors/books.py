@@ -156,6 +156,7 @@ class Unpaired:
             functions=("mmu_spte_clear_track_bits" if first["mmu"] == "shadow"
                        else "handle_changed_spte",),
             innocent=innocent,
+            detail={"shape": "orphan"},
         )  # fmt: skip
 
     def _left(self, rest: LifeArrays) -> list[Finding]:
@@ -184,6 +185,7 @@ class Unpaired:
                             "unlikely: no recording of an unchanged kernel has such a leaf",
                         ),
                     ),
+                    detail={"shape": "left"},
                 )
             )
         return findings

@@ -21,6 +21,7 @@ __all__ = (
     "NEVER",
     "Occurrences",
     "folio_of",
+    "function_of",
     "is_mark",
     "is_put",
     "loss_verdict",
@@ -38,6 +39,17 @@ NEVER = (1 << 32) - 1
 
 _PUTS = np.isin(np.array(CALLS), PUT_CALLS)
 _MARKS = np.isin(np.array(CALLS), MARK_CALLS)
+#: RELEASE call -> the hooks that may have seen it: where both are attached, the first is the
+#: function that KVM's MMU calls, the second a wrapper for others.
+_HOOKS = {
+    **{
+        call: (f"release_{call}",)
+        for call in ("pfn_clean", "pfn_dirty", "page_clean", "page_dirty")
+    },
+    "finish_fault": ("finish_fault",),
+    "mark_accessed": ("mark_page_accessed", "mark_pfn_accessed"),
+    "mark_dirty": ("mark_page_dirty", "mark_pfn_dirty"),
+}
 _COMPOUND = PAGE_BITS["head"] | PAGE_BITS["tail"]
 #: Frames kept to name ranges and count pages; 8 bytes each.
 _KEPT_MAX = 1 << 24
@@ -79,6 +91,22 @@ def vcpu_keys(records: Records, at: npt.NDArray[np.int64] | slice) -> npt.NDArra
     """Return a number for the VM and vCPU of each row `at`."""
     vcpu = records["vcpu"][at].astype(np.int64) & 0xFFFFFFFF
     return np.asarray(records["vm"][at].astype(np.int64) << 32 | vcpu, np.int64)
+
+
+def function_of(recording: Recording, call: str) -> str:
+    """Return the kernel's function that a RELEASE call is, as this recording's kernel names it.
+
+    "" for a call that is none, or whose hook was not attached. In the series "allow mapping
+    non-refcounted pages" zaps and faults mark by kvm_set_page_*() (arch/x86/kvm/mmu), which other
+    kernels have inline in kvm_set_pfn_*() (virt/kvm/kvm_main.c).
+    """
+    attached = {str(hook["hook"]): hook.get("symbols") for hook in recording.info["hooks"]}
+    for hook in _HOOKS.get(call, ()):
+        symbols = attached.get(hook) if hook in recording.hooks else None
+        if isinstance(symbols, list) and symbols:
+            # The compiler's own copies: kvm_mmu_finish_page_fault.isra.0.
+            return str(symbols[0]).split(".", 1)[0]
+    return ""
 
 
 def missing_hooks(recording: Recording, *hooks: str) -> str:

@@ -41,6 +41,11 @@ _RULES = {
     "reference, of all levels, else accessed and dirty are lost (series v7 to v11, make_spte()).",
     "bit wrong": "SPTE_MMU_PAGE_REFCOUNTED is what the fault found out (make_spte()).",
 }
+#: The same of the series "KVM: allow mapping non-refcounted pages", where it differs.
+_SERIES_RULES = {
+    "uncounted": "kvm_page_fault.is_refcounted_page says that hva_to_pfn() got the page with a "
+    "reference (series v7 to v9, virt/kvm/kvm_main.c).",
+}
 
 
 class RefcountedFlag:
@@ -126,6 +131,9 @@ class RefcountedFlag:
     def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
         """Return what was found."""
         found = []
+        series = self._recording.semantics.generation == "G1"
+        rules = _RULES | (_SERIES_RULES if series else {})
+        finds = "hva_to_pfn" if series else "kvm_resolve_pfn"
         for name, seen in self._seen.items():
             # v10 has the bit only with TDP on x86-64: where no SPTE has it, none can lack it.
             if not seen or (name == "bit clear" and not self._bits):
@@ -136,9 +144,10 @@ class RefcountedFlag:
                     self._recording,
                     "probable" if name == "counted" else "definite",
                     f"{_TITLES[name]}: {plural(seen.pages, 'page')}",
-                    functions=("make_spte",) if name.startswith("bit") else ("kvm_resolve_pfn",),
-                    rule=_RULES[name],
+                    functions=("make_spte",) if name.startswith("bit") else (finds,),
+                    rule=rules[name],
                     innocent=(_innocent(name),),
+                    detail={"shape": name},
                 )
             )
         return found

@@ -27,6 +27,7 @@ from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import missing_hooks, refcountable, where_of_gfn
 from analysis.detectors.neverfreed import LRU_PAGES, KeptPages
+from analysis.detectors.newpages import NewPages, kept_by_new_pages
 from analysis.detectors.pagegroups import ANONYMOUS, KNOWN, Anonymous, Groups
 from analysis.detectors.puts import judged_faults
 from analysis.faultjoin import FaultJoin
@@ -82,6 +83,7 @@ class Growth:
     title = "pages whose reference count rises with every fault, or that are never freed"
     rule = _RULE_GROWS
     columns: Mapping[str, Sequence[str]] = {
+        "FAULT": ("page_flags_end",),
         "PAGE_FREE": ("pfn", "order"),
         "VM": ("vm", "op"),
         "INVALIDATE": ("op",),
@@ -106,6 +108,7 @@ class Growth:
         )
         self._groups = Groups()
         self._gone: set[int] = set()
+        self.unanswered = ""
         self._span = [1 << 63, 0]
         #: starts of invalidations since the first fault that is judged
         self._invalidated = 0
@@ -116,6 +119,8 @@ class Growth:
         if recording.semantics.put == "unknown":
             return f"what generation {recording.generation or '(none)'} promises is not known"
         self._anonymous = Anonymous(recording)
+        # Where a record shows each put, a missing one needs no count.
+        self._new = NewPages(recording) if recording.semantics.put != "in fault" else None
         return missing_hooks(recording, "page_free")
 
     def feed(self, chunk: Chunk) -> None:
@@ -133,6 +138,8 @@ class Growth:
     def _take(self, chunk: Chunk, since: "_Since | None") -> None:
         """Take what happened to pages; only since they were freed if `since` is given."""
         if len(chunk.faults):
+            if self._new is not None and since is None:
+                self._new.feed(chunk.faults.records)
             self._feed_faults(chunk.faults.records, since)
             self._feed_prefetches(chunk.faults, since)
         self._feed_zaps(chunk["SPTE"], since)
@@ -252,8 +259,13 @@ class Growth:
         faults = pages["gets"][: len(pages)].astype(np.int64)
         rise = (pages["last"].astype(np.int64) - pages["first"])[: len(pages)]
         grown = np.where((pages["state"][: len(pages)] & _SEEN) != 0, rise, 0)
-        found = (self._risen(faults, grown), self._kept(faults))
-        return [finding for finding in found if finding is not None]
+        told = (self._risen(faults, grown), self._kept(faults))
+        found = [finding for finding in told if finding is not None]
+        if self._new is not None:
+            new = kept_by_new_pages(self, self._recording, self._new)
+            found += [one for one in new if one.is_anomaly or not found]
+            self.unanswered = "" if found else self._new.unanswered
+        return found
 
     def _risen(self, faults: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]) -> Finding | None:
         """Look for counts that rise with each fault."""
@@ -321,7 +333,7 @@ class Growth:
             # The first fault kept one too.
             int(np.minimum(grown[at] + 1, faults[at]).sum()),
             told,
-            {"faults": times, "rise": rise},
+            {"shape": "rises", "faults": times, "rise": rise},
             self._recording.semantics.put_function,
         )
 
@@ -368,7 +380,12 @@ class Growth:
             int(at[np.argmax(np.where(fits[at], faults[at], 0))]),
             int(faults[at].sum()),
             kept.innocent,
-            {"let go": int(left.sum()), "one more": kept.batched, "old": old},
+            {
+                "shape": "never freed",
+                "let go": int(left.sum()),
+                "one more": kept.batched,
+                "old": old,
+            },
             semantics.prefetch_function if prefetched else semantics.put_function,
         )
 

@@ -1,25 +1,37 @@
 """Struct pages that KVM touches though nobody, or not KVM any more, holds them.
 
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy, pandas.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from analysis.columns import code
 from analysis.detector import Chunk
-from analysis.detectors.common import Occurrences, is_mark, missing_hooks, refcountable
+from analysis.detectors.common import (
+    Occurrences,
+    function_of,
+    is_mark,
+    missing_hooks,
+    refcountable,
+)
 from analysis.detectors.puts import own_puts, prefetched_own
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.recording import Recording
+from analysis.semantics import MARK_CALLS
 from analysis.text import plural
+from probes.wire import CALLS
 
 __all__ = ("DeadMark",)
 
 _PRESENT = 1 << 11  # SPTE_MMU_PRESENT_MASK, arch/x86/kvm/mmu/spte.h
+_NEVER_COUNTED = Innocent(
+    "the page was never counted by anybody, as memory of a driver",
+    "no: KVM asks struct page itself, and touches it either way",
+)
 
 
 class DeadMark:
@@ -48,6 +60,8 @@ class DeadMark:
         self._marked = Occurrences()
         self._late = Occurrences()
         self._zapped = Occurrences()
+        #: numbers of the calls that marked.
+        self._calls: dict[str, set[int]] = {"marked": set(), "late": set()}
 
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
@@ -69,6 +83,7 @@ class DeadMark:
         if dead.any():
             dead &= refcountable(releases["page_bits"])
             self._marked.add(releases, np.flatnonzero(dead), faults=True)
+            self._calls["marked"] |= set(releases["call"][dead].tolist())
         self._feed_faults(chunk.faults)
         if self._recording.semantics.generation != "G1":
             return
@@ -96,59 +111,65 @@ class DeadMark:
             late &= (prefetched_own(join) == 0)[releases.fault]
         rows = np.flatnonzero(late)
         if len(rows):
+            self._calls["late"] |= set(releases["call"][rows].tolist())
             more = [releases.key(int(rows[0]))]
             self._late.add(faults, np.unique(releases.fault[rows]), faults=True, more=more)
 
     def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
         """Return what was found."""
         found = []
-        innocent = Innocent(
-            "the page was never counted by anybody, as memory of a driver",
-            "no: KVM asks struct page itself, and touches it either way",
-        )
         if self._marked:
-            calls = {"mark_accessed": "kvm_set_pfn_accessed", "mark_dirty": "kvm_set_pfn_dirty"}
-            function = calls.get(str(self._marked.first.get("call")), "")
-            found.append(
-                self._marked.finding(
-                    self,
-                    self._recording,
-                    "definite",
-                    f"KVM marked {plural(self._marked.pages, 'page')} accessed or dirty at count 0",
-                    functions=(function,) if function else (),
-                    innocent=(innocent,),
-                )
-            )
+            found.append(self._at_zero())
         if self._late:
-            found.append(
-                self._late.finding(
-                    self,
-                    self._recording,
-                    "definite",
-                    f"{plural(self._late.count, 'fault')} marked a page accessed or dirty after "
-                    "putting it, when it may be another's",
-                    functions=("kvm_set_pfn_accessed", "kvm_set_pfn_dirty"),
-                    rule="A fault touches struct page only while it holds a reference to it, or "
-                    "under mmu_lock while its SPTE maps it; both are over when it has put the page "
-                    "(arch/x86/kvm/mmu/mmu.c, the ends of the page fault handlers).",
-                    innocent=(
-                        Innocent(
-                            "an SPTE was zapped meanwhile, which marks its page too",
-                            "no: the fault's own thread did it, in the fault",
-                        ),
-                    ),
-                )
-            )
+            found.append(self._after_put())
         if self._zapped:
-            found.append(
-                self._zapped.finding(
-                    self,
-                    self._recording,
-                    "definite",
-                    f"SPTEs of {plural(self._zapped.pages, 'page')} that KVM takes for refcounted "
-                    "were zapped at count 0",
-                    functions=("kvm_set_page_accessed", "kvm_set_page_dirty"),
-                    innocent=(innocent,),
-                )
-            )
+            found.append(self._at_zap())
         return found
+
+    def _at_zero(self) -> Finding:
+        return self._marked.finding(
+            self,
+            self._recording,
+            "definite",
+            f"KVM marked {plural(self._marked.pages, 'page')} accessed or dirty at count 0",
+            functions=self._functions(self._calls["marked"]),
+            innocent=(_NEVER_COUNTED,),
+            detail={"shape": "marked at count 0"},
+        )
+
+    def _after_put(self) -> Finding:
+        return self._late.finding(
+            self,
+            self._recording,
+            "definite",
+            f"{plural(self._late.count, 'fault')} marked a page accessed or dirty after putting "
+            "it, when it may be another's",
+            functions=self._functions(self._calls["late"]),
+            rule="A fault touches struct page only while it holds a reference to it, or under "
+            "mmu_lock while its SPTE maps it; both are over when it has put the page "
+            "(arch/x86/kvm/mmu/mmu.c, the ends of the page fault handlers).",
+            innocent=(
+                Innocent(
+                    "an SPTE was zapped meanwhile, which marks its page too",
+                    "no: the fault's own thread did it, in the fault",
+                ),
+            ),
+            detail={"shape": "marked after put"},
+        )
+
+    def _at_zap(self) -> Finding:
+        return self._zapped.finding(
+            self,
+            self._recording,
+            "definite",
+            f"SPTEs of {plural(self._zapped.pages, 'page')} that KVM takes for refcounted were "
+            "zapped at count 0",
+            functions=self._functions({CALLS.index(call) for call in MARK_CALLS}),
+            innocent=(_NEVER_COUNTED,),
+            detail={"shape": "zapped at count 0"},
+        )
+
+    def _functions(self, calls: Collection[int]) -> list[str]:
+        """Return the functions of this kernel that some RELEASE calls are."""
+        names = (function_of(self._recording, CALLS[call]) for call in sorted(calls))
+        return [name for name in names if name]

@@ -204,6 +204,7 @@ class Pins:
                     "unlikely: the count rose with each refresh",
                 ),
             ),
+            detail={"shape": "refreshed"},
         )
 
     def _leak(self) -> Finding:
@@ -220,6 +221,7 @@ class Pins:
                 loss,
                 Innocent("the VM is still alive", "no: its end is in the trace"),
             ),
+            detail={"shape": "leaked"},
         )
 
     def _free(self) -> Finding:
@@ -231,6 +233,7 @@ class Pins:
             f"{plural(self._freed.pages, 'page')} freed while kvm_vcpu_map() had them mapped",
             functions=("kvm_vcpu_map",),
             innocent=(loss,),
+            detail={"shape": "freed"},
         )
 
     def _unheld(self) -> Finding:
@@ -244,6 +247,7 @@ class Pins:
             f"kvm_vcpu_map() mapped {plural(self._uncounted.pages, 'page')} that nobody holds",
             functions=("kvm_vcpu_map",),
             innocent=(Innocent("the host's administrator allowed it", told),),
+            detail={"shape": "unheld"},
         )
 
 

@@ -28,14 +28,28 @@ __all__ = ("Refused",)
 _REASONS = ("uncounted", "count 0", "free page", "refused")
 _COLUMNS = tuple(dict.fromkeys([*(c for c in FAILED_COLUMNS if c != "page"), "mapcount",
                                 "page_bits", "cpu", "seq", "fault_ts", "tid"]))  # fmt: skip
+#: What a kernel does with pages to which it cannot take a reference: it refuses them, it maps them,
+#: or it has nowhere to note that it did.
+_REFUSES, _MAPS, _NO_BIT = "refuses", "maps", "no bit"
 _RULES = {
-    True: "KVM of this kernel takes a reference to the page of every fault and refuses pages to "
-    'which it cannot take one: Linux f8be156be163 ("KVM: do not allow mapping valid but '
+    _REFUSES: "KVM of this kernel takes a reference to the page of every fault and refuses pages "
+    'to which it cannot take one: Linux f8be156be163 ("KVM: do not allow mapping valid but '
     'non-reference-counted pages") (v5.13). Linux 6.13 maps them without a reference: Linux '
     '8dd861cc07e2 ("KVM: x86/mmu: Put refcounted pages instead of blindly releasing pfns").',
-    False: "KVM of this kernel maps pages that nobody counts, without a reference: "
+    _MAPS: "KVM of this kernel maps pages that nobody counts, without a reference: "
     "hva_to_pfn_remapped() (virt/kvm/kvm_main.c).",
+    _NO_BIT: "KVM of this kernel maps pages with count 0 only where the SPTE can say that nobody "
+    "counts them. SPTE_MMU_PAGE_REFCOUNTED is there with TDP only: without it every SPTE is taken "
+    "for one of a counted page, and other pages are refused by hva_to_pfn_remapped() (series "
+    "'KVM: allow mapping non-refcounted pages', v10 and v11; v8 takes a reference instead).",
 }
+_FUNCTIONS = {
+    _REFUSES: ("hva_to_pfn_remapped", "kvm_try_get_pfn"),
+    _MAPS: ("hva_to_pfn_remapped",),
+    _NO_BIT: ("hva_to_pfn_remapped",),
+}
+#: Those of `_REASONS` that are about the count.
+_BY_COUNT = ("uncounted", "count 0")
 #: Failed faults of different kinds that are told apart.
 _ROWS_MAX = 1 << 18
 
@@ -45,7 +59,7 @@ class Refused:
 
     name = "refused"
     title = "faults that KVM refused because the page has no reference count"
-    rule = _RULES[True]
+    rule = _RULES[_REFUSES]
     columns: Mapping[str, Sequence[str]] = {"FAULT": _COLUMNS}
     wants_lives = False
     joins_faults = False
@@ -59,7 +73,11 @@ class Refused:
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
         self._recording = recording
-        if recording.semantics.put == "unknown":
+        semantics = recording.semantics
+        self._does = _REFUSES if semantics.refuses_uncounted else _MAPS
+        if semantics.generation == "G1" and not recording.mask("tdp_enabled"):
+            self._does = _NO_BIT
+        if semantics.put == "unknown":
             return f"what generation {recording.generation or '(none)'} refuses is not known"
         if "walk" not in recording.hooks:
             return "hook walk not attached in this recording: pages that KVM refused have no name"
@@ -99,21 +117,20 @@ class Refused:
             self._failed,
             self._recording.mappings,
             self._alive,
-            takes_reference=self._recording.semantics.refuses_uncounted,
+            takes_reference=self._does != _MAPS,
             hooks=self._recording.hooks,
         )
         return [self._finding(one) for one in grouped if one.reason in _REASONS]
 
     def _finding(self, one: Failure) -> Finding:
-        by_design = self._by_design(one)
-        verdict, told = _judge(one, by_design, self._recording.semantics.refuses_uncounted)
+        verdict, told = _judge(one, self._does)
         fault = self._first.get((one.vm, one.gfn))
         frames = () if one.frame is None else (one.frame, max(0, one.frame - 1))
         return Finding(
             detector=self.name,
             verdict=verdict,
             title=_title(one),
-            rule=_RULES[self._recording.semantics.refuses_uncounted],
+            rule=_RULES[self._does],
             count=one.faults,
             pages=one.gfns,
             vms=(one.vm,),
@@ -123,7 +140,7 @@ class Refused:
             first_ts=one.first_ts,
             last_ts=one.last_ts,
             where="" if one.mapping is None else str(one.mapping),
-            functions=("hva_to_pfn_remapped", "kvm_try_get_pfn"),
+            functions=_FUNCTIONS[self._does],
             innocent=told,
             chain=Chain(
                 records=() if fault is None else (fault[0],),
@@ -131,15 +148,14 @@ class Refused:
                 faults=() if fault is None else (fault[1:],),
                 ts_from=one.first_ts - min(one.first_ts, 10**9),
             ),
-            detail={"reason": one.reason, "died": one.died, "errno": one.errno, "vcpus": one.vcpus},
+            detail={
+                "reason": one.reason,
+                "died": one.died,
+                "errno": one.errno,
+                "vcpus": one.vcpus,
+                "shape": one.reason,
+            },
         )
-
-    def _by_design(self, one: Failure) -> bool:
-        semantics = self._recording.semantics
-        if semantics.refuses_uncounted:
-            return one.reason in ("uncounted", "count 0")
-        # Without TDP the series has no bit to remember uncounted pages by, and refuses them.
-        return semantics.generation == "G1" and not self._recording.mask("tdp_enabled")
 
 
 def _title(one: Failure) -> str:
@@ -158,12 +174,13 @@ def _title(one: Failure) -> str:
     return f"{hurt} with {errno_name(one.errno)}: {page} {reason}"
 
 
-def _judge(one: Failure, by_design: bool, refuses: bool) -> tuple[str, tuple[Innocent, ...]]:
-    if by_design:
+def _judge(one: Failure, does: str) -> tuple[str, tuple[Innocent, ...]]:
+    if does != _MAPS and one.reason in _BY_COUNT:
+        remedy = "load kvm with TDP" if does == _NO_BIT else "run Linux 6.13"
         return "explained", (
             Innocent(
                 "the kernel promises to refuse such pages",
-                "yes: nothing of this kernel is broken; map other memory, or run Linux 6.13",
+                f"yes: nothing of this kernel is broken; map other memory, or {remedy}",
             ),
         )
     if one.reason == "free page":
@@ -173,7 +190,7 @@ def _judge(one: Failure, by_design: bool, refuses: bool) -> tuple[str, tuple[Inn
                 "not ruled out: the page was looked at a moment after the walk",
             ),
         )
-    if one.reason == "refused" and refuses:
+    if one.reason == "refused" and does != _MAPS:
         return "inconclusive", (
             Innocent("the mapping forbids the access", "not ruled out: its page table is not seen"),
         )

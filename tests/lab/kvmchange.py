@@ -8,6 +8,8 @@ that finds nothing. Imports only ``errors``.
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import importlib
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from .errors import LabError
 
-__all__ = ("WHOLE", "Change", "Edit", "apply_edits", "change_names", "load_change")
+__all__ = ("WHOLE", "Change", "Edit", "apply_edits", "change_names", "digest", "load_change")
 
 FOLDER = Path(__file__).resolve().parent / "kvm"
 WHOLE = ""
@@ -36,6 +38,8 @@ class Edit:
     replace: str
     """``\\g<0>`` in it is the text found."""
     times: int = 1
+    was: str = ""
+    """Of a whole function: `digest` of it. Another body may mend what ours would bring back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class Change:
     """Detectors of `pfntrace check`; one of them at least must find it. Empty: nothing is wrong."""
     edits: Mapping[str, Sequence[Edit]]
     """By the lab's kernel."""
+    leads_to: Sequence[str] = ()
+    """Other detectors that may find what it leads to."""
     npt: str | None = None
     """The MMU that has the changed code; None: both."""
     every: int = 1
@@ -63,6 +69,12 @@ class Change:
     """How long a race's window is held open."""
     module: str | None = None
     """A module of the lab that the workload needs."""
+    repeats: bool = False
+    """Whether one time makes many faults go wrong."""
+    leaves: str = ""
+    """The wrong record, kind and what it says, if that is one without a page."""
+    status: Sequence[int] = (0,)
+    """What the workload may end with: others than 0 if it is meant to fail or to be stopped."""
     planted: bool = True
     """Whether the edits call ``lab_planted()``, which counts."""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -91,8 +103,9 @@ def change_names() -> list[str]:
 def load_change(name: str) -> Change:
     """Return the change called *name*."""
     if name not in change_names():
-        known = ", ".join(change_names()) or "none yet"
-        raise LabError(f"no changed KVM {name!r} in tests/lab/kvm; available: {known}")
+        near = difflib.get_close_matches(name, change_names(), 1)
+        which = f"did you mean {near[0]}?" if near else "tests/lab/README.md lists them"
+        raise LabError(f"no changed KVM {name[:40]!r} in tests/lab/kvm: {which}")
     module = importlib.import_module(f"{__package__}.kvm.{name.replace('-', '_')}")
     change: Change = module.CHANGE
     if change.name != name:
@@ -135,7 +148,17 @@ def _span(name: str, edit: Edit, text: str) -> tuple[int, int]:
         raise LabError(
             f"--kvm {name} does not apply: {edit.path} defines {edit.function}() {len(found)} times"
         )
+    if edit.find == WHOLE and digest(found[0][0]) != edit.was:
+        raise LabError(
+            f"--kvm {name} does not apply: {edit.path} has another {edit.function}() than the one"
+            f" replaced, {digest(found[0][0])}, not {edit.was or 'said which'}: see what was mended"
+        )
     return found[0].span()
+
+
+def digest(text: str) -> str:
+    """Return a short hash of a function's text, whatever its blanks."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
 def _pattern(find: str) -> re.Pattern[str]:

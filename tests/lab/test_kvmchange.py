@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from . import LabError, RunOptions, kernels, kvmchange, run_in_lab
 from .kvmbuild import KERNELS_WITH_SOURCE, driver_names, source
-from .kvmchange import WHOLE, Edit, apply_edits, change_names, load_change
+from .kvmchange import WHOLE, Edit, apply_edits, change_names, digest, load_change
 from .rootfs import HERE
 from .workloads import OUR_PROGRAMS, SELFTESTS
 
@@ -31,6 +32,9 @@ static int put(struct page *page)
 	return 0;
 }
 """
+
+
+PUT = SOURCE[SOURCE.rindex("static int put") :].strip()
 
 
 @pytest.fixture
@@ -54,6 +58,9 @@ def _text(tree: Path) -> str:
         (Edit("virt/main.c", "gone", "x", "y"), "defines gone() 0 times"),
         (Edit("virt/main.c", "put", "get_page(page);", ""), "put has 'get_page(page);' 0 times"),
         (Edit("virt/main.c", "", "struct page *page", ""), "3 times, not 1"),
+        # Another body, or no word of which it was: what was mended there would be lost
+        (Edit("virt/main.c", "put", WHOLE, "", was="0123456789ab"), "another put() than the one"),
+        (Edit("virt/main.c", "put", WHOLE, ""), "not said which"),
     ],
 )
 def test_an_edit_that_does_not_apply_is_an_error_of_one_line(
@@ -71,6 +78,16 @@ def test_a_change_for_another_kernel_is_an_error() -> None:
         load_change("series-v9").edits_for("7.3")
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("series-v99", "did you mean series-v9?"), ("x" * 200, "README.md lists them")],
+)
+def test_an_unknown_change_is_a_short_error(name: str, advice: str) -> None:
+    with pytest.raises(LabError) as raised:
+        load_change(name)
+    assert str(raised.value).endswith(advice) and len(str(raised.value)) < 120
+
+
 # Edits
 
 
@@ -85,7 +102,10 @@ def test_an_edit_reaches_its_function_only_whatever_the_blanks(tree: Path) -> No
 
 
 def test_a_whole_function_goes_and_its_declaration_stays(tree: Path) -> None:
-    apply_edits("a-bug", [Edit("virt/main.c", "put", WHOLE, '#include "ours.c"')], tree)
+    put = Edit(
+        "virt/main.c", "put", WHOLE, '#include "ours.c"', was=digest(PUT.replace("\t", "  "))
+    )
+    apply_edits("a-bug", [put], tree)
     assert _text(tree).endswith('}\n\n#include "ours.c"\n')
     assert _text(tree).startswith("static int put(struct page *page);")
 
@@ -105,8 +125,14 @@ def test_names_are_those_of_the_files_and_all_load() -> None:
 def test_a_change_says_where_why_and_what_a_trace_must_show(name: str) -> None:
     path = kvmchange.FOLDER / f"{name.replace('-', '_')}.py"
     header = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-    for words in ("In which generation: ", "It stands for ", "A trace must show"):
+    for words in ("In which generation: ", "It stands for", "A trace must show"):
         assert words in header, words
+    # A real bug has its number among the facts; what stands for none says so.
+    real = re.search(r"KVM-FACTS 7, bugs? \d", header)
+    if load_change(name).found_by:
+        assert real or "It stands for: none recorded; the shape of " in header
+        stands_for = load_change(name).stands_for
+        assert re.search(r"KVM-FACTS 7: \d", stands_for) or "none recorded; " in stands_for
 
 
 @pytest.mark.parametrize("name", change_names())
@@ -151,6 +177,23 @@ def test_every_change_applies_to_its_kernel_s_source_once(tmp_path: Path, kernel
             with pytest.raises(LabError, match=f"--kvm {name} does not apply"):
                 apply_edits(name, edits, tmp_path / name)
     assert applied >= 10
+
+
+@pytest.mark.lab
+def test_a_function_that_debian_mended_is_not_replaced_in_silence(tmp_path: Path) -> None:
+    # Given 6.12's source with another body of a function that the series replaces whole
+    edits = load_change("series-v9").edits_for("6.12")
+    for path in {edit.path for edit in edits}:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source(kernels.kernel("6.12")) / path, tmp_path / path)
+    main = tmp_path / "virt/kvm/kvm_main.c"
+    head = "int kvm_vcpu_map(struct kvm_vcpu *vcpu, gfn_t gfn, struct kvm_host_map *map)\n{\n"
+    assert main.read_text().count(head) == 1
+    main.write_text(main.read_text().replace(head, f"{head}\tif (mended(vcpu)) return -EINVAL;\n"))
+
+    # Then the series does not apply
+    with pytest.raises(LabError, match=r"has another kvm_vcpu_map\(\) than the one replaced"):
+        apply_edits("series-v9", edits, tmp_path)
 
 
 @pytest.mark.lab

@@ -5,8 +5,9 @@
 A row is a kernel, a change of its KVM (`tests/lab/kvm/`) and a workload: one boot, one recording.
 The change itself counts how often it happened and on which pages: what `pfntrace check` says is
 held against that, and `pfntrace replay` must follow a kernel that is right and stop at one that is
-not. `--recheck` boots nothing and asks again what an earlier run kept. `--write` makes the page of
-the docs. Exit status 1 if a row is not as it must be.
+not. Rows are in `bugrows`, what is right of an answer in `bugjudge`. `--recheck` boots nothing and
+asks again what an earlier run kept. `--write` makes the page of the docs. Exit status 1 if a row is
+not as it must be.
 """
 
 import argparse
@@ -14,13 +15,15 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,67 +33,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lab import GuestLost, RunOptions, run_in_lab
-from lab.kvmchange import change_names, load_change
 
+from live.bugjudge import Truth, judge, judge_recording, judge_replay, truth_between, truth_of
+from live.bugrows import FREES, Row, rows
 from tracer.tracefile import TraceReader
 
-__all__ = ("Answer", "Row", "Truth", "answer", "judge", "page", "record", "rows", "table")
+__all__ = ("Answer", "Row", "Truth", "answer", "page", "record", "rows", "table")
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 HEADER = (
     "| kernel | KVM | MMU | workload | happened, pages | found: detector, verdict, times, pages"
     " | check | replay |"
 )
-ANOMALIES = ("definite", "probable")
 #: Seconds for one `check` or `replay`.
 PATIENCE_S = 600
-
-#: (kernel, change) -> why no record of it is wrong, so that only all of them together tell of it.
-UNRECORDED = {
-    ("6.12", "leak-prefetch"): "the put is an inlined put_page(), which leaves no record",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One recording: what is booted, what runs, and who must find something."""
-
-    kernel: str
-    kvm: str
-    workload: str
-    found_by: tuple[str, ...]
-    npt: str | None = None
-    every: int = 1
-    window_ms: int = 0
-    module: str | None = None
-    device: str | None = None
-    counted: bool = True
-    """Whether the change counts how often it happens."""
-    explained_by: str = ""
-    """The detector that must explain what the kernel rightly refused."""
-    note: str = ""
-    """What a reader must know of the row."""
-
-    @property
-    def name(self) -> str:
-        """A name for files, of its own among all rows."""
-        words = (self.kernel, self.kvm, self.workload, f"npt-{self.npt or 'on'}", str(self.every))
-        return re.sub(r"[^\w.]+", "-", " ".join(words))
-
-    @property
-    def replays(self) -> bool | None:
-        """Must the model follow this recording to its end? None: no record of KVM's is wrong."""
-        if not self.found_by:
-            return True
-        return False if self.counted and (self.kernel, self.kvm) not in UNRECORDED else None
-
-
-@dataclass(frozen=True, slots=True)
-class Truth:
-    """What the changed KVM says of itself: how often, and on which pfns."""
-
-    hits: int
-    pfns: frozenset[int]
+#: Seconds of a recording that ends before its guest does, and for its guest to end then.
+EARLY_S, LATE_S = 2, 120
+#: Of such a recording: how often it has happened, each 50 ms, and between which times (s of the
+#: same clock as the trace's, within 10 ms).
+SAMPLES = """while [ ! -e /out/status ]; do
+    read before _ </proc/uptime; hits=$(cat /sys/module/kvm/parameters/lab_hits)
+    read after _ </proc/uptime; echo "$before $hits $after"; sleep 0.05
+done >/out/samples &"""
+CLOCK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,180 +64,140 @@ class Answer:
 
     row: Row
     truth: Truth | None
-    findings: tuple[dict[str, Any], ...]
-    right: bool
+    findings: tuple[dict[str, Any], ...] = ()
     why: str = ""
+    """What is not as it must be."""
     replay: str = ""
     """What `pfntrace replay` said, in a few words."""
     replayed_right: bool = True
 
-
-def rows(kernels: Iterable[str] = (), names: Iterable[str] = ()) -> list[Row]:
-    """Return the table's rows, all or those of some kernels and changes."""
-    wanted_kernels, wanted = tuple(kernels), tuple(names)
-    return [
-        row
-        for row in (*_each_change(), *_more(), *_series())
-        if (not wanted_kernels or row.kernel in wanted_kernels)
-        and (not wanted or row.kvm in wanted)
-    ]
+    @property
+    def right(self) -> bool:
+        """Is what check said as it must be?"""
+        return not self.why
 
 
-def _each_change() -> Iterable[Row]:
-    for name in change_names():
-        change = load_change(name)
-        for kernel in change.edits:
-            yield Row(
-                kernel=kernel,
-                kvm=name,
-                workload=change.workload,
-                found_by=tuple(change.found_by),
-                npt=change.npt,
-                every=change.every,
-                window_ms=change.window_ms,
-                module=change.module,
-                counted=change.planted,
-                note=UNRECORDED.get((kernel, name), ""),
-            )
-
-
-LEAK = ("balance", "growth")
-FREES = "pages-guest --free"
-#: For a workload in which KVM does as it should and a driver does not.
-DRIVER = "the driver breaks the rule, not KVM"
-
-
-# The same changes elsewhere: rare, on the other MMU, with drivers' pages.
-def _more() -> Iterable[Row]:
-    for kernel in ("6.12", "7.3"):
-        rare = "prime-guest --pages 4001 --repeat 2"
-        yield Row(kernel, "leak-per-fault", rare, LEAK, every=1000)
-        yield Row(kernel, "leak-per-fault", "prime-guest --repeat 3", LEAK, npt="off")
-        skip = "prime-guest --read --prefault --repeat 3"
-        stale = ("invalidation", "use-after-free")
-        yield Row(kernel, "zap-skipped", skip, stale, npt="off", every=100)
-        yield Row(kernel, "unchanged", "race-guest", (), counted=False)
-        yield Row(kernel, "unchanged", "svm_vmcall_test", (), counted=False)
-        held = "pages-guest --hold --pages 101"
-        yield Row(kernel, "unchanged", held, (), module="lab_pages", counted=False)
-        # Up to 6.12 the guest dies of such memory, as that kernel promises.
-        refused = "refused" if kernel == "6.12" else ""
-        yield Row(
-            kernel, "unchanged", "ttm-guest", (), device="qxl", counted=False, explained_by=refused
-        )
-        yield Row(
-            kernel, "unchanged", FREES, ("use-after-free",), module="lab_pages", counted=False,
-            note=DRIVER,
-        )  # fmt: skip
-
-
-# Versions of the series: what they do to counts, and the seed's own case.
-def _series() -> Iterable[Row]:
-    prime, demand = "prime-guest --repeat 3", "demand_paging_test -v 1 -b 4M"
-    for version in ("v7-late-touch", "v8-notdp-leak", "v11-underflow"):
-        yield Row("6.12", f"series-{version}", prime, (), counted=False)
-    for version in ("v9", "v10-bit"):
-        yield Row("6.12", f"series-{version}", demand, (), npt="off", counted=False)
-    yield Row("6.12", "series-v10-bit", prime, (), npt="off", counted=False)
-    yield Row("6.12", "series-v9", "svm_vmcall_test", (), counted=False)
-    yield Row("6.12", "series-v9", "ttm-guest", (), device="qxl", counted=False)
-    yield Row("6.12", "series-v9-as-mailed", "ttm-guest --rounds 5", LEAK, device="qxl")
-    yield Row(
-        "6.12", "series-v9", FREES, ("use-after-free",), module="lab_pages", counted=False,
-        note=DRIVER,
-    )  # fmt: skip
-
-
-def record(row: Row, folder: Path) -> Path:
-    """Boot, record, and leave `x.pfnt`, the truth and `row.json` in *folder*; raises GuestLost."""
+def script_of(row: Row) -> str:
+    """Return what the guest's shell does for a row."""
     run = row.workload
     if row.counted:
         run = f"planted /out/truth {row.every} {row.window_ms} {run}"
-    script = f"pfntrace record --stacks -o /out/x.pfnt -- {run} >/out/said 2>&1; sync"
+    record = "pfntrace record --stacks -o /out/x.pfnt"
+    if row.early:
+        # The recorder tells its command to end and does not wait for it.
+        samples = SAMPLES if row.counted else ""
+        run = f"trap '' TERM; {samples}\n{run}; echo $? >/out/status"
+        record += f" --duration {EARLY_S} -- sh -c {shlex.quote(run)} >/out/said 2>&1; ended=$?\n"
+        record += f"for i in $(seq {LATE_S}); do [ -e /out/status ] && break; sleep 1; done"
+    else:
+        record += f" -- {run} >/out/said 2>&1; ended=$?"
+    return f"{record}\nsync; exit $ended"
+
+
+def record(row: Row, folder: Path) -> Path:
+    """Boot, record, and leave `x.pfnt`, the truth and `row.json` in *folder*; raises GuestLost.
+
+    Whatever is in *folder* goes first: what an earlier run left must not pass for this one's.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     options = RunOptions(
-        kvm=row.kvm, npt=row.npt, module=row.module, device=row.device, timeout_s=600
+        kvm=row.kvm,
+        npt=row.npt,
+        module=row.module,
+        device=row.device,
+        append=row.append,
+        timeout_s=600,
     )
     begun = time.time()
-    run_in_lab(["sh", "-c", script], kernel=row.kernel, out=folder, options=options)
+    script = script_of(row)
+    ran = run_in_lab(["sh", "-c", script], kernel=row.kernel, out=folder, options=options)
     made = {"begun": begun, "ended": time.time(), "load": os.getloadavg()[0]}
-    (folder / "row.json").write_text(json.dumps(made | {"cpus": os.cpu_count()}))
+    made |= {"cpus": os.cpu_count() or 0, "status": ran.status}
+    (folder / "row.json").write_text(json.dumps(made))
     return folder / "x.pfnt"
 
 
-def truth_of(text: str) -> Truth:
-    """Read what `planted` wrote; a pfn of 0 is one that the change did not know.
+def truth_in(row: Row, folder: Path) -> Truth | None:
+    """Return what happened, by what the change or the workload left; None: not known."""
+    if row.told:
+        told = re.search(r'^\{"workload".*$', (folder / "said").read_text(), re.MULTILINE)
+        said = json.loads(told[0]) if told else {}
+        if not said.get("pfn"):
+            return None
+        pages = range(said["pfn"], said["pfn"] + said["ran"])
+        return Truth(len(pages), frozenset(pages), first_pfn=said["pfn"])
+    if not row.counted or not (folder / "truth").exists():
+        return None
+    text = (folder / "truth").read_text()
+    if not row.early:
+        return truth_of(text)
+    samples = [line.split() for line in (folder / "samples").read_text().splitlines()]
+    return truth_between(text, *_bounds(samples, *_span(folder / "x.pfnt")))
 
-    >>> truth_of("hits: 2\\ngfn=0x1 pfn=0x10\\ngfn=0x2 pfn=0x10\\n")
-    Truth(hits=2, pfns=frozenset({16}))
+
+def _span(trace: Path) -> tuple[float, float]:
+    """Return when a recording began and when its last fault ended (s, CLOCK_MONOTONIC).
+
+    After that the probes go, one by one, and the file is closed.
     """
-    hits = re.search(r"^hits: (\d+)$", text, re.MULTILINE)
-    pfns = re.findall(r"^gfn=\S+ pfn=(0x[0-9a-f]+)$", text, re.MULTILINE)
-    return Truth(int(hits[1]) if hits else 0, frozenset(int(pfn, 16) for pfn in pfns) - {0})
+    with TraceReader(trace) as reader:
+        ended = max(max(batch["ts"].to_pylist()) for batch in reader.records(["FAULT"]))
+        return reader.meta.start_monotonic_ns / 1e9, ended / 1e9
 
 
-def judge(row: Row, truth: Truth | None, checked: dict[str, Any]) -> Answer:
-    """Hold what `pfntrace check --json` said against the truth."""
-    findings = tuple(checked["findings"])
-    found = tuple(item for item in findings if item["verdict"] in ANOMALIES)
-    why = _nothing(row, findings) if not row.found_by else _something(row, truth, found)
-    return Answer(row, truth, findings, not why, why)
+def _bounds(samples: Sequence[Sequence[str]], begun: float, ended: float) -> tuple[int, int]:
+    """Return the least and the most that had happened when a recording ended.
+
+    >>> _bounds([("1.00", "3", "1.00"), ("1.50", "8", "1.55"), ("2.10", "9", "2.10")], 0.5, 1.9)
+    (8, 9)
+    """
+    whole = [(float(a), int(hits), float(b)) for a, hits, b in samples if begun <= float(b)]
+    least = max((hits for _, hits, after in whole if after + CLOCK_S <= ended), default=0)
+    most = [hits for before, hits, _ in whole if before >= ended]
+    if not most:
+        raise RuntimeError("nobody looked after the recording's end")
+    return least, min(most)
 
 
-def _nothing(row: Row, findings: Sequence[dict[str, Any]]) -> str:
-    """Return what is not as it must be where KVM is right."""
-    if any(item["verdict"] in ANOMALIES for item in findings):
-        return "nothing is wrong, and something was found"
-    others = [item for item in findings if item["detector"] != row.explained_by]
-    if others:
-        return f"nothing is wrong, and {others[0]['detector']} has something to say"
-    if row.explained_by and not findings:
-        return f"not explained by {row.explained_by}"
-    return ""
-
-
-def _something(row: Row, truth: Truth | None, found: Sequence[dict[str, Any]]) -> str:
-    """Return what is not as it must be where something is wrong."""
-    named = [item for item in found if item["detector"] in row.found_by]
-    if row.counted and truth is not None and not truth.hits:
-        return "it did not happen"
-    if not named:
-        return f"not found by {' or '.join(row.found_by)}"
-    if not all(item["evidence"] for item in named):
-        return "no evidence"
-    if truth is None:
-        return ""
-    # 0: a finding that is about no page, like a livelock.
-    whole = [item for item in named if item["pages"] in (0, len(truth.pfns))]
-    if not whole:
-        return "another number of pages"
-    return "" if any(_names_only(item, truth) for item in whole) else "other pages"
-
-
-def _names_only(item: dict[str, Any], truth: Truth) -> bool:
-    named = {pfn for first, last in item["pfns"] for pfn in range(first, last + 1)}
-    return not item["pages"] or named <= truth.pfns
-
-
-def table(answers: Sequence[Answer], earlier: Collection[str] = ()) -> str:
-    """Return the Markdown table; recordings named in `earlier` get a mark."""
+def table(answers: Sequence[Answer]) -> str:
+    """Return the Markdown table."""
     lines = [HEADER, "|---|---|---|---|---|---|---|---|"]
     for said in answers:
-        row, truth = said.row, said.truth
-        happened = f"{truth.hits:,}, {len(truth.pfns):,}" if truth else "-"
-        found = "; ".join(
-            f"{item['detector']} {item['verdict']} {item['count']:,}, {item['pages']:,}"
-            for item in said.findings
-        )
+        row = said.row
         mmu = "shadow" if row.npt == "off" else "TDP"
         rare = f", 1 in {row.every:,}" if row.every > 1 else ""
+        early = f", recorded for {EARLY_S} s of it" if row.early else ""
         check = f"**{said.why}**" if said.why else "right"
         replay = said.replay if said.replayed_right else f"**{said.replay}**"
-        mark = " ¹" if row.name in earlier else ""
-        workload = f"`{row.workload}`{rare}{mark}"
-        cells = [row.kernel, row.kvm, mmu, workload, happened, found or "nothing"]
+        workload = f"`{row.workload}`{rare}{early}{f', `{row.append}`' if row.append else ''}"
+        cells = [row.kernel, row.kvm, mmu, workload, _happened(said.truth)]
+        cells += ["; ".join(_found(said.findings)) or "nothing"]
         cells += [f"{check}: {row.note}" if row.note else check, replay]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _happened(truth: Truth | None) -> str:
+    if truth is None:
+        return "-"
+    words = f"{truth.hits:,}, {len(truth.pfns):,}"
+    if truth.sure_pfns is not None:
+        words = f"{truth.sure_hits:,} to {truth.hits:,}, {len(truth.sure_pfns):,} to "
+        words += f"{len(truth.pfns):,}"
+    if truth.freed[0]:
+        words += f"; {truth.freed[0]:,} of them, {len(truth.freed[1]):,} when free"
+    return words
+
+
+def _found(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield findings in a few words; where a detector has several of a kind, what each is about."""
+    kinds = Counter((item["detector"], item["verdict"]) for item in findings)
+    for item in findings:
+        words = f"{item['detector']} {item['verdict']} {item['count']:,}, {item['pages']:,}"
+        if kinds[item["detector"], item["verdict"]] > 1:
+            words += f" ({item['title'].replace('|', '/')})"
+        yield words
 
 
 def ask(*words: str) -> str:
@@ -292,37 +217,27 @@ def answer(row: Row, folder: Path, *, recheck: bool = False) -> Answer:
     try:
         trace = folder / "x.pfnt" if recheck else record(row, folder)
     except GuestLost as error:
-        return Answer(row, None, (), False, f"guest lost: {_last_line(str(error))}")
-    if not trace.exists():
-        said = folder / "said"
-        words = _last_line(said.read_text()) if said.exists() else "not recorded"
-        return Answer(row, None, (), False, f"no trace: {words}")
-    told = folder / "truth"
-    truth = truth_of(told.read_text()) if told.exists() else None
+        return Answer(row, None, why=f"guest lost: {_last_line(str(error))}")
+    said = (folder / "said").read_text() if (folder / "said").exists() else "not recorded"
+    if not trace.exists() or not (folder / "row.json").exists():
+        return Answer(row, None, why=f"no trace: {_last_line(said)}")
     try:
-        judged = judge(row, truth, json.loads(ask("check", "--json", str(trace))))
-    except RuntimeError as error:
-        judged = Answer(row, truth, (), False, str(error))
-    words, right = _replayed(row, truth, trace)
-    return Answer(
-        row, truth, judged.findings, judged.right, judged.why, replay=words, replayed_right=right
-    )
+        return _judged(row, folder, said)
+    except (RuntimeError, OSError, ValueError) as error:
+        return Answer(row, None, why=str(error).replace(str(folder), "its folder"))
 
 
-def _replayed(row: Row, truth: Truth | None, trace: Path) -> tuple[str, bool]:
-    """Return in a few words what the model makes of a recording, and whether it must."""
-    try:
-        said = json.loads(ask("replay", "--json", str(trace)))
-    except RuntimeError as error:
-        return str(error).replace(str(trace), "the trace"), row.replays is None
-    if said["conforms"]:
-        return f"conforms to {said['kernel']}", row.replays is not False
-    first = said["first_divergence"]["record"]
-    what = first.get("op") or first.get("call") or first.get("result") or ""
-    planted = truth is not None and first.get("pfn") in truth.pfns
-    words = f"leaves {said['kernel']} at record {said['explained'] + 1:,} of {said['records']:,}: "
-    words += f"{first['kind']} {what}".strip() + (" of a planted page" if planted else "")
-    return words, row.replays is not True
+def _judged(row: Row, folder: Path, said: str) -> Answer:
+    trace = str(folder / "x.pfnt")
+    made = json.loads((folder / "row.json").read_text())
+    if row.early and (folder / "status").exists():
+        made["workload"] = int((folder / "status").read_text())
+    truth = truth_in(row, folder)
+    checked = json.loads(ask("check", "--json", trace))
+    why = judge_recording(row, made, json.loads(ask("info", "--json", trace)), said)
+    why = why or judge(row, truth, checked)
+    replay, right = judge_replay(row, truth, json.loads(ask("replay", "--json", trace)))
+    return Answer(row, truth, tuple(checked["findings"]), why, replay, right)
 
 
 def _last_line(text: str) -> str:
@@ -339,28 +254,41 @@ def page(answers: Sequence[Answer], keep: Path) -> str:
     """Return docs/BUGS.md: how it was made, the table, and one answer in full."""
     wrong = [said for said in answers if not said.right]
     strayed = [said for said in answers if not said.replayed_right]
-    earlier = {
-        said.row.name: _begun(keep / said.row.name / "x.pfnt")
-        for said in answers
-        if _is_earlier(keep / said.row.name)
-    }
     text = f"""# Planted bugs, and what pfntrace says of them
 
 Made by `make lab-bugs` (`tests/live/bugs.py`).
 
-{_made(answers, keep, earlier)}
+{_made(answers, keep)}
 
 Each KVM, what is wrong with it and what a trace must show: [the lab](../tests/lab/README.md). A
-planted bug counts itself how often it happened and on which host pages: `happened, pages`. A row is
-`right` if a detector that must find it did, as definite or probable, with that number of pages, no
-other pages and records as evidence; where KVM is right, if no detector had anything to say (on
-6.12, which refuses memory that nobody counts: if that was explained). `replay` holds the recording
-against the model of its kernel: it must conform where KVM is right, and leave the model at the
-first wrong record where it is not (unless none is: the row says so); of the series' versions the
-model puts what they should have put. What is not as it must be is **bold**: {len(wrong)} of
-{len(answers)} answers of check, and {len(strayed)} of replay.
+planted bug counts itself how often it happened and on which host pages: `happened, pages` (of pages
+that a driver frees, the driver's user tells). Where the guest goes on after the recording's end,
+the counts shortly before and after it are the bounds.
 
-{table(answers, earlier)}
+Right is a row only if the recording is of this boot, complete, without loss, not empty, and its
+workload ended as it must; if all detectors answered that can; and
+
+- where something is wrong, if a detector that must find it names exactly those pages, as definite
+  or probable, as often as it happened (a livelock: the guest's pages, and as often as faults were
+  retried if that is what is counted); if no detector names any other page, but those that a put in
+  the wrong place hurts; and if only detectors speak up of which that is expected, with records as
+  evidence;
+- where KVM is right, if no detector had anything to say but to explain: on 6.12 the refusal of
+  memory that nobody counts, with the series' `allow_unsafe_mappings` its use. (In a race on few
+  processors a host's thread may have to wait amid its invalidation, while a guest faults in vain:
+  that may be explained too.)
+
+`replay` holds the recording against the model of its kernel. Models are named after the first
+kernel that does so: that of 7.3 is `6.13`, that of a version of the series its number, and it puts
+what that version should have put. A recording must conform where KVM is right. Where it is not,
+the model must leave it at a record of a planted page (or one that has no page and is what was
+planted), unless no record is wrong: the row says so. That it is the *first* wrong record is not
+proven but where it is of the page of the first time.
+
+What is not as it must be is **bold**: {len(wrong)} of {len(answers)} answers of check, and
+{len(strayed)} of replay.
+
+{table(answers)}
 """
     freed = next((s for s in answers if s.row.workload == FREES and s.row.kernel == "7.3"), None)
     if freed is not None and freed.findings:
@@ -379,17 +307,7 @@ them, on an unchanged {freed.row.kernel}. `pfntrace check --detector use-after-f
     return text
 
 
-# What `record` left has row.json; what was put there by hand has not.
-def _is_earlier(folder: Path) -> bool:
-    return (folder / "x.pfnt").exists() and not (folder / "row.json").exists()
-
-
-def _begun(trace: Path) -> float:
-    with TraceReader(trace) as reader:
-        return reader.meta.start_unix_ns / 1e9
-
-
-def _made(answers: Sequence[Answer], keep: Path, earlier: Mapping[str, float]) -> str:
+def _made(answers: Sequence[Answer], keep: Path) -> str:
     paths = [keep / said.row.name / "row.json" for said in answers]
     made = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not made:
@@ -404,12 +322,6 @@ def _made(answers: Sequence[Answer], keep: Path, earlier: Mapping[str, float]) -
         f"{max(load):.0f} on {made[0]['cpus']} processors (the recordings' own load is in it). "
         f"`pfntrace check` and `replay` were asked about them at {_utc(time.time())} UTC."
     )
-    if earlier:
-        first, last = _utc(min(earlier.values())), _utc(max(earlier.values()))
-        words += (
-            f" {len(earlier)} more, marked ¹, were made from {first} to {last} UTC with an earlier "
-            "build of the same changes and taken over: this page is not of one whole run."
-        )
     return textwrap.fill(words, 100)
 
 
@@ -421,6 +333,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What pfntrace says of changed KVMs.")
     parser.add_argument("--kernel", action="append", default=[], help="only this kernel")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this change")
+    parser.add_argument(
+        "--row", default="", metavar="TEXT", help="only rows with this in their name"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="recordings at a time (2)")
     parser.add_argument("--keep", type=Path, help="keep traces and truths there")
     parser.add_argument("--recheck", action="store_true", help="ask again about what is kept")
@@ -428,11 +343,11 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.recheck and not asked.keep:
         parser.error("--recheck needs --keep")
-    if asked.write and (asked.kernel or asked.only):
+    if asked.write and (asked.kernel or asked.only or asked.row):
         parser.error("--write is for the whole table")
     answers = []
     keep = asked.keep or Path(tempfile.mkdtemp(prefix="pfntrace-bugs-"))
-    chosen = rows(asked.kernel, asked.only)
+    chosen = [row for row in rows(asked.kernel, asked.only) if asked.row in row.name]
     try:
         for said in answers_of(chosen, keep, recheck=asked.recheck, jobs=asked.jobs):
             answers.append(said)

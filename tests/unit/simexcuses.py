@@ -47,15 +47,12 @@ _KEPT = Excuse("this kernel keeps every reference, so that the page is never fre
 
 #: (bug, detector) -> why this detector does not name this bug in every run.
 DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
-    ("missing_put", "balance"): (
-        _NO_PUT,
-        Excuse("this kernel never puts: no put is missing beside others", ("v9-mailed",)),
-    ),
+    ("missing_put", "balance"): (_NO_PUT,),
     ("missing_put_shadow", "balance"): (_NO_PUT,),
     **{
         (bug, "growth"): (
             Excuse("few of many pages keep one reference: balance, which sees the put, tells it",
-                   ("6.1", "6.12", "6.13")),
+                   ("6.1", "6.12", "v9", "6.13")),
         )
         for bug in ("missing_put", "missing_put_shadow")
     },

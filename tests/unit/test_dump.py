@@ -18,6 +18,13 @@ from tracer.tracefile import TraceReader, TraceWriter
 ALL_ONES = (1 << 64) - 1
 
 
+@pytest.fixture(autouse=True, scope="module")
+def terminal():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        yield
+
+
 def lines_of(path, kinds=None, gfns=None, limit=None):
     with TraceReader(path) as reader:
         return list(dump_lines(reader, kinds, gfns, limit))
@@ -116,7 +123,37 @@ def test_a_line_begins_with_time_cpu_and_vcpu(tmp_path):
     vm, fault, note = lines_of(path)
     assert fault.startswith("    0.123456 [001] vm1/0  FAULT gfn=0x")
     assert vm.startswith("   -0.000002 [012] -      VM create owner=4242")
-    assert note.startswith('    3.000000 [---] -      NOTE {"end"') and len(note) == LINE_MAX
+    assert note.startswith('    3.000000 [---] -      NOTE {"end"') and len(note) <= LINE_MAX
+    assert note.endswith(" …")
+
+
+LONG = {"gfn": 0x1000_0000_1234, "pfn": 0x12_3456_7890, "walk_pfn": 0x12_3456_7890, "slot": 1,
+        "refcounted": 1, "page__refcount": 1_234_567, "page_end__refcount": 1_234_566,
+        "h__fault_ts": START_NS, "h__ts": START_NS + 7_123_000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "most"), [("0", 120), ("80", 120), ("nonsense", 120), ("130", 130)]
+)
+def test_a_line_that_is_too_long_ends_with_a_whole_word(tmp_path, monkeypatch, columns, most):
+    monkeypatch.setenv("COLUMNS", "400")
+    path = write_trace(tmp_path / "x.pfnt", [[("FAULT", records("FAULT", 1, **LONG))]])
+    whole = lines_of(path)[0]
+    assert len(whole) > 130 and "…" not in whole and whole.split()[-1] == "7.12ms"
+    # WHEN the terminal is narrow, or of no known width
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = lines_of(path)[0]
+    # THEN it holds whole words of the line, as many as fit, and a sign that there are more
+    assert shown.endswith(" …") and len(shown) <= most
+    words = shown.split()[:-1]
+    assert words == whole.split()[: len(words)]
+    assert len(shown) + len(whole.split()[len(words)]) >= most
+
+
+def test_a_wide_terminal_shows_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    path = write_trace(tmp_path / "x.pfnt", [[("FAULT", records("FAULT", 1, **LONG))]])
+    assert "…" not in lines_of(path)[0]
 
 
 FAULT = {"gfn": 0x1234, "pfn": 0x5678, "h__ts": START_NS + 50_000, "h__fault_ts": START_NS + 5_000}

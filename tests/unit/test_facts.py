@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probes.errors import TraceFormatError
-from probes.facts import FACTS_VERSION, Field, KernelFacts
+from probes.facts import FACTS_VERSION, Field, KernelFacts, series_version
 
 FACTS = Path(__file__).parent / "facts"
 FIXTURES = sorted(path.stem for path in FACTS.glob("*.json"))
@@ -100,3 +100,22 @@ def test_a_damaged_byte_gives_facts_or_a_clear_error_never_a_traceback(data):
         KernelFacts.from_json(text.decode(errors="replace"))
     except TraceFormatError as err:
         assert "\n" not in str(err)
+
+
+@pytest.mark.parametrize(
+    ("members", "values", "version"),
+    [
+        ({"kvm_follow_pfn": ("allow_write_mapping",)}, {}, "v7"),
+        ({"kvm_follow_pfn": ("try_map_writable",)}, {}, "v8"),
+        ({"kvm_follow_pfn": ("try_map_writable", "allow_non_refcounted_struct_page")}, {}, "v9"),
+        ({"kvm_page_fault": ("accessed_page",)}, {}, "v10"),
+        ({"kvm_page_fault": ("accessed_page",)}, {"shadow_refcounted_mask": 0}, "v11"),
+        ({"kvm_page_fault": ("is_refcounted_page",)}, {}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_each_version_of_the_series_is_known_by_what_it_left_in_structures(
+    members, values, version
+):
+    structs = {name: dict.fromkeys(those, Field(0, 64)) for name, those in members.items()}
+    assert series_version(KernelFacts(structs=structs, values=values)) == version

@@ -15,6 +15,7 @@ from analysis.findings import (
     ranges_of,
     weakest,
 )
+from analysis.findingwords import finding_entry
 
 
 def finding(**changes):
@@ -106,6 +107,18 @@ def test_frames_are_joined_to_ranges(frames, ranges):
     assert ranges_of(frames) == (ranges, False)
 
 
+def test_json_names_all_ranges_and_text_the_first():
+    # Given a finding on every other page of 100
+    pfns, more = ranges_of(np.arange(0, 200, 2))
+    one = finding(pages=100, pfns=pfns, more=more)
+    # Then its JSON has them all, and says so
+    told = one.to_json()
+    assert [low for low, _ in told["pfns"]] == list(range(0, 200, 2)) and not told["more"]
+    # And text has a few, and says so
+    place = dict(finding_entry(one, 0).facts)["in"]
+    assert place.count("0x") == 16 and place.endswith(" and more")
+
+
 def test_of_many_ranges_the_first_are_named():
-    ranges, more = ranges_of(np.arange(0, 200, 2))
+    ranges, more = ranges_of(np.arange(0, 3 * RANGES_MAX, 2))
     assert len(ranges) == RANGES_MAX and more

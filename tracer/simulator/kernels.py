@@ -30,6 +30,7 @@ class Flags:
     marked: int  #: marked dirty by KVM
     freed: int  #: as the buddy allocator gets it
     plain: int = 0xFFFFFC0000000  #: a driver's page, or one just handed out
+    lru: int = 5  #: the number of PG_lru
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Kernel:
 
 _FLAGS_61 = Flags(
     fresh=0xFFFFFC00A0006, released=0xFFFFFC00A0024, settled=0xFFFFFC00A0034,
-    marked=0xFFFFFC00A003C, freed=0xFFFFFC00A000E,
+    marked=0xFFFFFC00A003C, freed=0xFFFFFC00A000E, lru=4,
 )  # fmt: skip
 _FLAGS_612 = Flags(
     fresh=0xFFFFFC002090C, released=0xFFFFFC0020B0C, settled=0xFFFFFE0020A2C,
@@ -379,7 +380,10 @@ def facts_of(kernel: Kernel, cpus: int) -> KernelFacts:
         machine="x86_64",
         cpus=cpus,
         structs=structs,
-        enums={f"RET_PF_{name.upper()}": value for value, name in enumerate(kernel.results)},
+        enums={
+            **{f"RET_PF_{name.upper()}": value for value, name in enumerate(kernel.results)},
+            "PG_lru": kernel.flags.lru,
+        },
         values=values,
         btf_vmlinux=True,
         btf_kvm=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.errors import TraceFormatError, UsageError
-from probes.facts import KernelFacts
+from probes.facts import KernelFacts, series_version
 from tracer.schema import RECORD_KINDS, columns_of_kind
 from tracer.simulator.kernels import KERNELS, Kernel
 from tracer.simulator.replayleaves import Sight
@@ -82,9 +82,9 @@ class Conformance:
 def kernel_of(generation: str, facts: KernelFacts, *, puts_pages: bool = True) -> Kernel:
     """Return the model of a trace's kernel, from what was observed of it.
 
-    Which version of the out-of-tree series it is, BTF tells in part. Versions 7 to 9 look alike
-    there if the kernel's struct kvm_follow_pfn lacks the members in which they differ: then
-    `puts_pages` decides, whether its faults show kvm_release_page_clean() as version 9 does.
+    Of the out-of-tree series BTF tells which version it is, unless a recording lacks the members in
+    which versions 7 to 9 differ (made by an earlier pfntrace): then `puts_pages` decides, whether
+    its faults show kvm_release_page_clean() as version 9 does.
     A version that was mailed with a wrong put is held against the same one with the right put.
     """
     if generation in ("G0a", "G0b", "G2"):
@@ -94,17 +94,9 @@ def kernel_of(generation: str, facts: KernelFacts, *, puts_pages: bool = True) -
             f"the trace is of a kernel of generation {generation or 'unknown'}, which has no "
             f"model; say --as with one of {', '.join(KERNELS)}"
         )
-    if "shadow_refcounted_mask" in facts.values:
-        return KERNELS["v11"]
-    if facts.has_field("kvm_page_fault", "accessed_page"):
-        return KERNELS["v10"]
-    if facts.has_field("kvm_follow_pfn", "allow_write_mapping"):
-        return KERNELS["v7"]
-    if facts.has_field("kvm_follow_pfn", "allow_non_refcounted_struct_page"):
-        return KERNELS["v9"]
-    if puts_pages and not facts.has_field("kvm_follow_pfn", "try_map_writable"):
-        return KERNELS["v9"]
-    return dataclasses.replace(KERNELS["v8"], shadow_put="", bugs=())
+    version = series_version(facts) or ("v9" if puts_pages else "v8")
+    kernel = KERNELS[version]
+    return dataclasses.replace(kernel, shadow_put="", bugs=()) if version == "v8" else kernel
 
 
 def conform(
@@ -169,6 +161,7 @@ def _sight(reader: TraceReader, facts: KernelFacts, kernel: Kernel) -> Sight:
         host_writable=values.get("shadow_host_writable_mask", 0),
         address=_ADDRESS & ~values.get("shadow_me_mask", 0),
         marks=any(symbol.startswith(marks) for symbol in symbols),
+        lru=1 << facts.enums["PG_lru"] if "PG_lru" in facts.enums else 0,
         anonymous=_anonymous(reader),
     )
 

@@ -164,6 +164,8 @@ class FaultRules(LeafRules):
         if mapped is None or row["pfn"] >> 52 or not self._is_anonymous(row["hva"]):
             return ""
         most = max(mapped, 0) + 2  # unmapped, it is still in the hands of mmu_gather
+        if (row["page_flags_end"] or 0) & self.sight.lru:
+            most -= 1
         if end > most:
             most += len(self._state(row).pins.get(row["pfn"], ()))
             most += sum(other.prefetched == row["pfn"] for other in self._faults.values())

@@ -29,6 +29,8 @@ class Sight:
     host_writable: int = 0
     address: int = 0x000F_FFFF_FFFF_F000
     marks: bool = True
+    #: PG_lru in page->flags: a page that has it is in no LRU batch; 0 if the trace does not say
+    lru: int = 0
     #: host ranges [start, end) of private anonymous memory
     anonymous: tuple[tuple[int, int], ...] = ()
 

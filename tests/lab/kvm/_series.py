@@ -43,7 +43,7 @@ def _common_code(version: int) -> tuple[Edit, ...]:
         f"#define LAB_SERIES {version}\n#include <linux/lab_series.h>\n\nstruct kvm_host_map {{"
     )
     gpc = """hva_to_pfn(&(struct kvm_follow_pfn){
-		.flags = FOLL_WRITE | FOLL_GET, .hva = gpc->uhva, .guarded_by_mmu_notifier = true });"""
+		.flags = FOLL_WRITE | FOLL_GET, .hva = gpc->uhva });"""
     exported = tuple(
         Edit(
             MAIN,
@@ -64,18 +64,18 @@ def _common_code(version: int) -> tuple[Edit, ...]:
             "",
         ),
         *(
-            Edit(MAIN, function, WHOLE, "")
-            for function in (
-                "hva_to_pfn_fast",
-                "hva_to_pfn_slow",
-                "kvm_try_get_pfn",
-                "hva_to_pfn_remapped",
-                "__gfn_to_pfn_memslot",
+            Edit(MAIN, function, WHOLE, ours, was=was)
+            for function, was, ours in (
+                ("hva_to_pfn_fast", "1aa97109c9de", ""),
+                ("hva_to_pfn_slow", "7f43338e9aab", ""),
+                ("kvm_try_get_pfn", "e35dfb90d0f0", ""),
+                ("hva_to_pfn_remapped", "10701bcfc24d", ""),
+                ("__gfn_to_pfn_memslot", "dddf37ec80df", ""),
+                ("hva_to_pfn", "cf98a927cce0", '#include "lab_series.c"'),
+                ("kvm_vcpu_map", "6586ebc95cf6", '#include "lab_vcpu_map.c"'),
+                ("kvm_vcpu_unmap", "0afa46e55d8a", '#include "lab_vcpu_unmap.c"'),
             )
         ),
-        Edit(MAIN, "hva_to_pfn", WHOLE, '#include "lab_series.c"'),
-        Edit(MAIN, "kvm_vcpu_map", WHOLE, '#include "lab_vcpu_map.c"'),
-        Edit(MAIN, "kvm_vcpu_unmap", WHOLE, '#include "lab_vcpu_unmap.c"'),
         # The assertion that all versions begin with.
         Edit(
             MAIN,
@@ -160,7 +160,7 @@ def _fault(version: int, locked: str, unlocked: str, retry: str) -> tuple[Edit, 
     page = "LAB_PAGE(fault, orig_pfn)"
     return (
         Edit(INTERNAL, "", "bool map_writable;", rf"\g<0> {member}"),
-        Edit(MMU, "__kvm_faultin_pfn", WHOLE, '#include "lab_faultin.c"'),
+        Edit(MMU, "__kvm_faultin_pfn", WHOLE, '#include "lab_faultin.c"', was="7658b4d1fdc0"),
         Edit(
             MMU,
             "kvm_faultin_pfn",

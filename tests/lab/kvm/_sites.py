@@ -38,6 +38,12 @@ def at_release(kernel: str, code: str) -> tuple[Edit, ...]:
     return tuple(Edit(path, function, RELEASE[kernel], code) for path, function in RELEASES)
 
 
+def noted(word: str, gfn: str, pfn: str) -> str:
+    """Return C that logs a page beside those that are counted: ``victim``, or ``freed`` already."""
+    line = rf'printk(KERN_INFO "lab-planted: {word} gfn=0x%llx pfn=0x%llx\\n"'
+    return f"{line}, (u64)({gfn}), (u64)({pfn}))"
+
+
 def before_lock(code: str) -> tuple[Edit, ...]:
     """Return the edit that runs *code* in a fault of the TDP MMU between fault-in and mmu_lock."""
     function = "kvm_tdp_mmu_page_fault"

@@ -23,6 +23,7 @@ CHANGE = Change(
     shows="two releases in one fault, refcount one too low, a free while mapped",
     workload="prime-guest",
     found_by=("balance", "use-after-free"),
+    leads_to=("dead-mark",),
     every=50,
     edits={kernel: at_release(kernel, CODE + AGAIN[kernel]) for kernel in ("6.12", "7.3")},
 )

@@ -22,6 +22,9 @@ CHANGE = Change(
     shows="faults of one range retried without end, in_progress above 0",
     workload="timeout 6 prime-guest --pages 61 --repeat 20",
     found_by=("livelock",),
+    repeats=True,
+    leaves="INVALIDATE end",
+    status=(124,),
     every=2,
     edits={"6.12": (EDIT,), "7.3": (EDIT,)},
 )

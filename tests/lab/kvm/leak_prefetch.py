@@ -1,9 +1,9 @@
 """The reference of a prefetched page is never put.
 
-In which generation: 6.12 (G0) and 7.3 (G2); the shadow MMU alone prefetches. It stands for a put
-forgotten where it is rarely looked for: prefetched pages never reach the fault's own release. A
-trace must show: pages installed with cause prefetch whose count stays one too high, and no fault
-of their own.
+In which generation: 6.12 (G0) and 7.3 (G2); the shadow MMU alone prefetches. It stands for: none
+recorded; the shape of v8 and v9 of the series (KVM-FACTS 7, bugs 4 and 5) where it is rarely looked
+for: prefetched pages never reach the fault's own release. A trace must show: pages installed with
+cause prefetch whose count stays one too high, and no fault of their own.
 """
 
 from ..kvmchange import Change, Edit
@@ -12,7 +12,7 @@ from ._sites import MMU
 CHANGE = Change(
     name="leak-prefetch",
     title="a prefetched page keeps its reference",
-    stands_for="a put forgotten where few look: prefetch has its own",
+    stands_for="none recorded; the shape of a put forgotten where few look",
     shows="refcount one too high on pages installed with cause prefetch",
     workload="prime-guest --prefault",
     found_by=("balance", "growth"),

@@ -16,6 +16,7 @@ CHANGE = Change(
     shows="count 0, 1, 0 in one fault of a PFNMAP page, a free while mapped",
     workload="pages-guest",
     found_by=("use-after-free", "balance"),
+    leads_to=("dead-mark", "refcounted-flag"),
     module="lab_pages",
     npt="on",
     edits={

@@ -38,5 +38,6 @@ CHANGE = Change(
     shows="one fault without end: good pfn, RETRY, no install, no invalidation",
     workload="timeout 6 prime-guest --pages 61 --repeat 20",
     found_by=("livelock",),
+    status=(124,),
     edits={"6.12": EDITS, "7.3": EDITS},
 )

@@ -22,6 +22,9 @@ CHANGE = Change(
     shows="RETRY from fault-in with a release, refcount one too low, free while mapped",
     workload="race-guest --pages 211 --rounds 60 --pause 5",
     found_by=("balance", "use-after-free"),
+    leads_to=("dead-mark",),
+    # The guest may die of the page that it lost.
+    status=(0, 1),
     edits={"6.12": series(11, locked=MARK_ACCESSED, unlocked="", retry=PUT)},
     files=FILES,
 )

@@ -2,7 +2,8 @@
 
 In which generation: 6.12 (G0, a reference) and 7.3 (G2, a pin). It stands for mappings of nested
 state that were made anew without an unmap (KVM-FACTS 7, bug 20). A trace must show: pins by
-vcpu_map that no unmap ends, a count that grows with every nested exit.
+vcpu_map that no unmap ends, one for each nested exit (the workload has one), and the page's count
+or pins that stay up by them.
 """
 
 from ..kvmchange import Change, Edit
@@ -12,7 +13,7 @@ CHANGE = Change(
     name="vcpu-map-leak",
     title="nested_svm_vmexit() does not unmap the guest's VMCB",
     stands_for="kvm_vcpu_map() without an unmap (KVM-FACTS 7: 20)",
-    shows="pins without an end, refcount grows with every nested exit",
+    shows="pins without an end, one for each nested exit; refcount stays up",
     workload="svm_vmcall_test",
     found_by=("pins",),
     edits={

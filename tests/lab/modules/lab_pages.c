@@ -6,7 +6,7 @@
  * count is 1, that of the others 0, as with TTM's pages. The mapping is VM_PFNMAP. The pages
  * are kept for ever unless "free" is written.
  *
- * Written to the file descriptor:
+ * Read from the file descriptor: the first page's pfn. Written to it:
  *   free         give the pages back to the kernel, whoever maps them (CVE-2021-22543's shape)
  *   hold ADDR N  take one more reference of each of the N pages at ADDR of the writer
  *   drop         give those references back; closing the file does it too
@@ -120,6 +120,19 @@ static ssize_t lab_write(struct file *file, const char __user *user, size_t size
 	return error ?: size;
 }
 
+/* The block's first pfn: no other file tells it of a VM_PFNMAP mapping. */
+static ssize_t lab_read(struct file *file, char __user *user, size_t size, loff_t *pos)
+{
+	struct lab_file *lab = file->private_data;
+	char words[32];
+	int length;
+
+	mutex_lock(&lab->lock);
+	length = scnprintf(words, sizeof(words), "%lu\n", lab->block ? page_to_pfn(lab->block) : 0);
+	mutex_unlock(&lab->lock);
+	return simple_read_from_buffer(user, size, pos, words, length);
+}
+
 static int lab_release(struct inode *inode, struct file *file)
 {
 	struct lab_file *lab = file->private_data;
@@ -133,6 +146,7 @@ static const struct file_operations lab_operations = {
 	.owner = THIS_MODULE,
 	.open = lab_open,
 	.mmap = lab_mmap,
+	.read = lab_read,
 	.write = lab_write,
 	.release = lab_release,
 };

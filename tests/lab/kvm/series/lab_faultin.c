@@ -43,24 +43,33 @@ static int lab_faultin_private(struct kvm_vcpu *vcpu, struct kvm_page_fault *fau
 	return r;
 }
 
+/* A page that is far away may be fetched by somebody else, while the guest does other things. */
+static bool lab_fetched_elsewhere(struct kvm_vcpu *vcpu, struct kvm_page_fault *fault)
+{
+	bool asked;
+
+	if (fault->prefetch || !kvm_can_do_async_pf(vcpu))
+		return false;
+	trace_kvm_try_async_get_page(fault->addr, fault->gfn);
+	asked = kvm_find_async_pf_gfn(vcpu, fault->gfn);
+	if (!asked)
+		return kvm_arch_setup_async_pf(vcpu, fault);
+	/* On its way already, and the guest cannot go on without: it halts. */
+	trace_kvm_async_pf_repeated_fault(fault->addr, fault->gfn);
+	kvm_make_request(KVM_REQ_APF_HALT, vcpu);
+	return asked;
+}
+
 static int __kvm_faultin_pfn(struct kvm_vcpu *vcpu, struct kvm_page_fault *fault)
 {
 	if (fault->is_private)
 		return lab_faultin_private(vcpu, fault);
 
 	fault->pfn = lab_follow(fault, FOLL_NOWAIT);
-	if (fault->pfn != KVM_PFN_ERR_NEEDS_IO)
-		return RET_PF_CONTINUE;
-	if (!fault->prefetch && kvm_can_do_async_pf(vcpu)) {
-		trace_kvm_try_async_get_page(fault->addr, fault->gfn);
-		if (kvm_find_async_pf_gfn(vcpu, fault->gfn)) {
-			trace_kvm_async_pf_repeated_fault(fault->addr, fault->gfn);
-			kvm_make_request(KVM_REQ_APF_HALT, vcpu);
+	if (fault->pfn == KVM_PFN_ERR_NEEDS_IO) {
+		if (lab_fetched_elsewhere(vcpu, fault))
 			return RET_PF_RETRY;
-		}
-		if (kvm_arch_setup_async_pf(vcpu, fault))
-			return RET_PF_RETRY;
+		fault->pfn = lab_follow(fault, FOLL_INTERRUPTIBLE);
 	}
-	fault->pfn = lab_follow(fault, FOLL_INTERRUPTIBLE);
 	return RET_PF_CONTINUE;
 }

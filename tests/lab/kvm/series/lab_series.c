@@ -91,7 +91,9 @@ static int hva_to_pfn_remapped(struct vm_area_struct *vma, struct kvm_follow_pfn
 		/* A struct page that nobody counts: the caller could not tell. */
 		error = -EFAULT;
 	}
-	if (!refcounted && !kfp->guarded_by_mmu_notifier && !allow_unsafe_mappings)
+	/* v7 refused only who asked for a reference that could not be had. */
+	if (LAB_SERIES > 7 && !refcounted && !kfp->guarded_by_mmu_notifier &&
+	    !allow_unsafe_mappings)
 		error = -EFAULT;
 out:
 	follow_pfnmap_end(&walk);
@@ -156,7 +158,10 @@ kvm_pfn_t __kvm_follow_pfn(struct kvm_follow_pfn *kfp)
 }
 EXPORT_SYMBOL_GPL(__kvm_follow_pfn);
 
-/* Callers that were not converted: they get a reference, and no page without one. */
+/*
+ * Callers that were not converted: they get a reference, and no page without one. Nothing tells
+ * them of an invalidation (KVM-FACTS 2.4), so that PCI memory is not for them either from v8 on.
+ */
 kvm_pfn_t __gfn_to_pfn_memslot(const struct kvm_memory_slot *slot, gfn_t gfn, bool atomic,
 			       bool interruptible, bool *async, bool write_fault,
 			       bool *writable, hva_t *hva)
@@ -168,7 +173,6 @@ kvm_pfn_t __gfn_to_pfn_memslot(const struct kvm_memory_slot *slot, gfn_t gfn, bo
 			 (async ? FOLL_NOWAIT : 0) | (interruptible ? FOLL_INTERRUPTIBLE : 0),
 		.atomic = atomic,
 		.try_map_writable = writable,
-		.guarded_by_mmu_notifier = true,
 	};
 	kvm_pfn_t pfn = __kvm_follow_pfn(&kfp);
 
