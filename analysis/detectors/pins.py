@@ -160,8 +160,10 @@ class Pins:
         for key, keys in self._open.items():
             if first <= key[3] < first + (1 << order):
                 opened, freed = keys[-1], frees.key(at)
-                if _apart(opened, freed):
-                    self._frees_seen.setdefault(key, []).append((freed[1], opened, freed))
+                seen = self._frees_seen.setdefault(key, [])
+                # Once freed it is another's page: one lost unmap explains all frees that follow.
+                if _apart(opened, freed) and all(one[1] != opened for one in seen):
+                    seen.append((freed[1], opened, freed))
 
     def _tell_frees(self, key: _Key, end: tuple[str, int, int, int] | None = None) -> None:
         """Count the frees within a map that has ended, by which record, or has not."""
