@@ -17,7 +17,7 @@ import numpy as np
 
 from analysis.columns import Records, code
 from analysis.detectors.common import Occurrences
-from analysis.detectors.pagegroups import ANONYMOUS, Anonymous
+from analysis.detectors.pagegroups import ANONYMOUS, KNOWN, Anonymous
 from analysis.detectors.puts import judged_faults
 from analysis.findings import Finding, Innocent
 from analysis.recording import Recording
@@ -88,7 +88,8 @@ class NewPages:
             )
         return (
             "no record shows the put of this version of the series, and none of "
-            f"{plural(self._faults, 'fault')} was of a new page of anonymous memory, which tells"
+            f"{plural(self._faults, 'fault')} was of a new page of anonymous memory, which tells "
+            "(or what memory it is could not be read)"
         )
 
     def feed(self, faults: Records) -> None:
@@ -102,10 +103,14 @@ class NewPages:
         plain &= ((flags & self._unclear) == 0) & (faults["mapcount_end"] >= 0)
         if not plain.any():
             return
-        plain &= (self._anonymous.state(faults["vm"], faults["hva"]) & ANONYMOUS) != 0
         # Each mapping, which _mapcount counts from -1, and the LRU batch.
         new = plain & ((flags & self._lru) == 0)
         more = faults["refcount_end"] > faults["mapcount_end"] + np.where(new, 2, 1)
+        # Where the recorder came too late to read what memory it is, it may be a file's, which its
+        # page cache holds too: nobody is accused, but a page that nobody holds is a sound one.
+        memory = self._anonymous.state(faults["vm"], faults["hva"])
+        plain &= ((memory & ANONYMOUS) != 0) | (((memory & KNOWN) == 0) & ~more)
+        new &= plain
         for name, share in self.shares.items():
             mine = faults["mmu"] == code("mmu", name)
             share.judged += int((new & mine).sum())

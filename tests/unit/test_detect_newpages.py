@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from unit.simkit import Made, make
+from unit.tracekit import Copy
 
 from analysis.check import check_trace
 from analysis.findings import Finding
@@ -85,3 +86,21 @@ def test_memory_of_a_file_is_held_by_its_page_cache_and_that_is_said(tmp_path):
     assert result.findings == ()
     told = {one.detector: one.reason for one in result.unanswerable}
     assert "none of 512 faults was of a new page of anonymous memory" in told["growth"]
+
+
+def without_mappings(made: Made, folder: Path) -> Path:
+    """Return the recording as if the process had ended before its mappings were read."""
+    copy = Copy.of(made.path)
+    copy.notes = [(ts, note | {"vmas": []} if "slot" in note else note) for ts, note in copy.notes]
+    return copy.write(folder / f"without-{made.path.name}")
+
+
+def test_memory_that_could_not_be_read_clears_a_kernel_and_accuses_none(tmp_path):
+    # Found in the lab: a guest of half a second was gone before the recorder read its mappings
+    sound = check_trace(without_mappings(story(tmp_path, "v8", "tdp"), tmp_path))
+    leaky = check_trace(without_mappings(story(tmp_path, "v8", "shadow"), tmp_path))
+
+    # Then new pages that nobody holds are an answer, and held ones, which a file's may be, are none
+    assert sound.findings == leaky.findings == ()
+    assert "growth" not in {one.detector for one in sound.unanswerable}
+    assert "growth" in {one.detector for one in leaky.unanswerable}
