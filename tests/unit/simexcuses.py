@@ -103,7 +103,7 @@ DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
     ),
     ("wrong_flag", "balance"): (
         Excuse("no record shows a put, so that none is expected of what the flag says",
-               ("v7", "v8", "v9-mailed")),
+               ("v7", "v8")),
     ),
     ("wrong_flag", "dead-mark"): (_NO_MARK,),
     ("wrong_gfn", "dead-mark"): (_KEPT, _NO_MARK),

@@ -9,6 +9,7 @@ from unit.tracekit import Copy
 
 from probes.errors import TraceFormatError, UsageError
 from probes.facts import KernelFacts
+from probes.wire import CALLS
 from tracer.simulator.kernels import KERNELS, facts_of
 from tracer.simulator.replay import conform, kernel_of, replay_lines
 
@@ -236,3 +237,23 @@ def test_the_ragged_end_of_a_killed_recording_is_not_judged(tmp_path):
     made = make(tmp_path, scenario="balloon", hostile=("truncate",))
     answer = conform(made.path)
     assert answer.conforms and answer.unjudged == answer.records
+
+
+@pytest.mark.parametrize("count", [1, 0])
+def test_a_mark_after_the_put_is_the_first_wrong_record_of_a_7_3(tmp_path, count):
+    # Given a real 7.3 whose faults put their page, and one of them that marks it afterwards
+    copy = Copy.of(TRACES / "prime-7.3.pfnt")
+    puts = np.flatnonzero(copy.calls("finish_fault"))
+    late = np.zeros(len(copy["RELEASE"]), bool)
+    late[puts[20]] = True
+    first = copy["RELEASE"][puts[20]]
+    copy.again("RELEASE", late, cause=CALLS.index("mark_dirty"),
+               page__refcount=first["page"]["refcount"] - count)  # fmt: skip
+
+    # When it is replayed, then that record is where the model leaves; but for the mark that
+    # kvm_release_page_dirty() makes before it puts, at the count before the put
+    answer = conform(copy.write(tmp_path / "t.pfnt"))
+    assert answer.conforms == (count == 0), answer.expected
+    if count:
+        assert answer.expected == "no mark_dirty when the fault has put the page"
+        assert answer.divergence is not None and answer.divergence["pfn"] == first["pfn"]

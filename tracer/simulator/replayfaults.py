@@ -72,6 +72,7 @@ class FaultRules(LeafRules):
             return f"no second put: the fault gave pfn {fault.put_pfns[0]:#x} back already"
         fault.puts += 1
         fault.put_pfns.append(pfn)
+        fault.put_count = row["refcount"] or 0
         fault.inner = ("page_dirty" if call == "finish_fault" else "page_clean", pfn)
         if fault.installed is not None:
             leaf = fault.installed[1]
@@ -98,6 +99,11 @@ class FaultRules(LeafRules):
         if call == "mark_dirty" and self._unpinned.get(row["tid"]) == pfn:
             # kvm_vcpu_unmap() of a written page: kvm_release_page_dirty() marks, then puts.
             return ""
+        if kernel.zap_marks == "none" and row["fault_ts"] is not None:
+            # The put marks first, if it does so by a call: then the count is that before the put.
+            fault = self._open(row)
+            if pfn in fault.put_pfns and (row["refcount"] or 0) < fault.put_count:
+                return f"no {call} when the fault has put the page"
         if not self.sight.marks:
             return ""
         return "no mark: no zap or write protection called for one"

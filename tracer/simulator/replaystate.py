@@ -45,6 +45,8 @@ class FaultSoFar:
     leaves: int = 0
     puts: int = 0
     put_pfns: list[int] = dataclasses.field(default_factory=list)
+    #: the count of the page before the last put
+    put_count: int = 0
     prefetched: int = -1
     #: the page table that the prefetched SPTE is in
     table: int = 0
