@@ -33,11 +33,15 @@ def findings(made: Made) -> list[Finding]:
     return list(check_trace(made.path).findings)
 
 
-@pytest.mark.parametrize("kernel", ["v7", "v8", "v9", "v10", "v11"])
-@pytest.mark.parametrize("mmu", ["tdp", "shadow"])
+#: All but v8 without TDP, which leaks: the next test.
+SOUND = [
+    *((kernel, "tdp") for kernel in ("v7", "v8", "v9", "v10", "v11")),
+    *((kernel, "shadow") for kernel in ("v7", "v9", "v10", "v11")),
+]
+
+
+@pytest.mark.parametrize(("kernel", "mmu"), SOUND)
 def test_a_version_that_keeps_no_reference_is_accused_of_nothing(tmp_path, kernel, mmu):
-    if (kernel, mmu) == ("v8", "shadow"):
-        return  # that one leaks: the next test
     assert findings(story(tmp_path, kernel, mmu)) == []
 
 
