@@ -30,6 +30,9 @@ NOTE_BYTES_MAX = 1 << 20
 #: Notes held back until the next group; so many that starting with hundreds of VMAs is one batch.
 _NOTES_HELD_MAX = 256
 
+#: What Arrow writes of one batch is collected up to so many bytes.
+_PIECES_BYTES = 1 << 16
+
 _COUNTS = ("produced", "lost", "filtered", "torn")
 
 
@@ -54,6 +57,9 @@ class _Sink:
     def flush(self) -> None:
         pass
 
+    def close(self) -> None:
+        """What Arrow calls at last; whatever was not taken by then nobody wants."""
+
     def take(self) -> bytearray:
         data = bytearray().join(self._pieces)
         self._pieces.clear()
@@ -72,8 +78,10 @@ class TraceWriter:
         self._path = path
         self._maker = ColumnMaker(meta.results)
         self._sink = _Sink()
+        # Arrow writes each column by itself: two hundred calls into Python for one batch.
+        self._pieces = pa.BufferedOutputStream(pa.PythonFile(self._sink, mode="w"), _PIECES_BYTES)
         self._arrow = pa.ipc.new_stream(
-            pa.PythonFile(self._sink, mode="w"),
+            self._pieces,
             self._maker.schema.with_metadata(meta.to_metadata()),
             options=pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False),
         )
@@ -233,8 +241,12 @@ class TraceWriter:
     # dictionaries with the first batch only, so an empty one is made and cut off.
     def _head(self) -> bytearray:
         self._arrow.write_batch(self._maker.rows("NOTE", {"ts": []}))
-        data = self._sink.take()
+        data = self._take()
         return data[: messages.first_batch(data)]
+
+    def _take(self) -> bytearray:
+        self._pieces.flush()
+        return self._sink.take()
 
     def _write_batch(self, kind: str, batch: pa.RecordBatch, tail: bytes = b"") -> None:
         column = batch.column(0)
@@ -247,7 +259,7 @@ class TraceWriter:
             crc_from=self._crc_from,
         )
         self._arrow.write_batch(batch, custom_metadata=tags.to_metadata())
-        data = self._sink.take()
+        data = self._take()
         messages.sign(data, self._crc_head)
         end = self._size + len(data)
         self._write(data + tail)
