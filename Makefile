@@ -23,6 +23,7 @@ DEMO := build/demo
 C_FILES = $(shell find probes/bpf -name '*.[ch]')
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
+comma := ,
 say = echo "== $(1)"
 # $(1) packages. The lists may be old, or a fresh machine may have none.
 apt_install = { $(call say,apt: installing $(1)); \
@@ -38,15 +39,18 @@ help: ## list the targets
 install: .venv/.installed ## make .venv with everything that Python needs (.venv/bin/pfntrace)
 	@$(call say,installed: $(BIN)/pfntrace)
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml setup.py $(wildcard tracer/simulator/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "pfntrace needs Python 3.11 or newer: make install PYTHON=..." >&2; exit 1; }
 	@# Debian's python3 has no venv of its own: python3-venv brings ensurepip.
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(call apt_install,python3-venv)
-	@$(call say,venv: Python packages into .venv (a minute the first time))
+	@$(call say,venv: Python packages into .venv$(comma) the simulator compiled (two minutes))
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@rm -f *.so tracer/simulator/*.so
 	@$(BIN)/pip install --disable-pip-version-check --editable '.[dev]' 2>&1 | \
 		sed -un -e 's/^Collecting \([^ ]*\).*/   \1/p' -e '/^ *ERROR/,$$p'
+	@compgen -G 'tracer/simulator/*.so' >/dev/null || $(call say,the simulator is not compiled and \
+		three times slower: apt install gcc libc6-dev python3-dev$(comma) then make -B install)
 	@touch $@
 
 check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab (2 minutes)
@@ -67,6 +71,9 @@ check: .venv/.installed ## format, lint, types, layers, unit tests; needs no lab
 
 test: .venv/.installed ## check, simulations, then every lab test on all three kernels (builds the lab)
 	@command -v cc >/dev/null || $(call apt_install,gcc libc6-dev)
+	@$(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' \
+		2>/dev/null || $(call apt_install,python3-dev)
+	@compgen -G 'tracer/simulator/*.so' >/dev/null || rm -f .venv/.installed
 	@# Fast lifetimes against slow ones: 500 random traces for each of 15 tests, the same each time.
 	@PFNTRACE_EXAMPLES=500 PFNTRACE_REQUIRE=cc $(MAKE) check
 	@$(call say,simulations: $(TEST_SEEDS) seeds of each kernel and bug (3 minutes))
@@ -138,5 +145,5 @@ format: .venv/.installed ## format Python and C
 	@$(BIN)/clang-format -i $(C_FILES)
 
 clean: ## remove what is built here (.venv, caches); the lab's own cache stays
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build *.egg-info *.so tracer/simulator/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

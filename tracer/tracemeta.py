@@ -75,7 +75,8 @@ class TraceMeta:
 
     def to_metadata(self) -> dict[str, str]:
         """Return the key-value pairs for the Arrow schema: the JSON and its checksum."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        text = json.dumps(values, sort_keys=True, allow_nan=False)
         return {META_KEY: text, CRC_KEY: f"{zlib.crc32(text.encode()):08x}"}
 
     @classmethod

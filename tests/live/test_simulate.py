@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from live.boots import Evidence
 from live.guest.scenario import SIMULATED
 from pfntrace import app
-from tracer.simulator.ledger import truth_paths
+from tracer.simulator.truthfile import truth_paths
 from tracer.tracefile import TraceReader
 
 pytestmark = pytest.mark.lab

@@ -15,7 +15,7 @@ from tracer.simulator.clock import START_NS, Dice, Story, Task, Turns
 from tracer.simulator.fault import Vcpu
 from tracer.simulator.host import KINDS, Host, Mapping
 from tracer.simulator.kernels import KERNELS
-from tracer.simulator.ledger import LIVES, Ledger
+from tracer.simulator.ledger import BIRTH, LIVES, Ledger
 from tracer.simulator.mmu import Slot, Vm, World
 from tracer.simulator.ops import VERBS, create_slot, create_vm, delete_slot, destroy_vm
 from tracer.simulator.recorder import KIND, Recorder
@@ -58,25 +58,20 @@ class _Tap:
         return _rows(self._builder.open(), _OPEN)
 
 
+def _born(row: bytes) -> tuple[Any, ...]:
+    """Return birth_ts, birth_cpu, birth_seq of what a leaf remembers of its birth."""
+    known = dict(zip(LIVES.schema.names, BIRTH.unpack(row), strict=False))
+    return tuple(known[name] for name in ("birth_ts", "birth_cpu", "birth_seq"))
+
+
 def _rows(frame: pd.DataFrame, names: tuple[str, ...]) -> Lives:
     columns = (frame[name].astype(object).where(frame[name].notna(), None) for name in names)
     return set(zip(*columns, strict=True))
 
 
-class _Truth:
-    """Takes the place of the ledger: what it would write stays in memory."""
-
-    def __init__(self) -> None:
-        self.lives: list[bytes] = []
-        self.references: list[bytes] = []
-
-    def bug(self, *_: object) -> None:
-        """The kernel's own bugs (v8, v9 as mailed) do not matter to lives."""
-
-    def ended(self) -> Lives:
-        """Return the lives so far."""
-        rows = LIVES.batch(self.lives).select(list(_ENDED)).to_pydict()
-        return set(zip(*rows.values(), strict=True))
+def _ended(ledger: Ledger) -> Lives:
+    rows = LIVES.batch(ledger.lives).select(list(_ENDED)).to_pydict()
+    return set(zip(*rows.values(), strict=True))
 
 
 class Bench:
@@ -85,7 +80,7 @@ class Bench:
     def __init__(self, kernel: str, mmu: str, kinds: tuple[str, ...], seed: int = 0) -> None:
         self.told = [f"Bench({kernel!r}, {mmu!r}, {kinds!r})"]
         generation = KERNELS[kernel]
-        self._turns, self._truth = Turns(), _Truth()
+        self._turns, self._ledger = Turns(), Ledger()
         self._tap = _Tap(dict(enumerate(generation.results)))
         out = Recorder(cast(TraceWriter, self._tap), VCPUS + _HELPERS)
         host = Host(
@@ -93,8 +88,7 @@ class Bench:
             lambda task, page: out.page_event(task, task.now, KIND["PAGE_FREE"], page),
             lambda task, page: out.page_event(task, task.now, KIND["PAGE_ALLOC"], page),
         )
-        ledger = cast(Ledger, self._truth)
-        self._world = World(generation, Dice(seed), self._turns, out, ledger, host)
+        self._world = World(generation, Dice(seed), self._turns, out, self._ledger, host)
         self.vm = Vm(self._world, 1, mmu, 1000, aliases=2)
         self._tasks = [Task(n, 1000 + n, 1000, 1) for n in range(_HELPERS)]
         vcpus = [Task(_HELPERS + n, 1100 + n, 1000, 1, n) for n in range(VCPUS)]
@@ -177,8 +171,7 @@ class Bench:
     def leaves(self) -> Lives:
         """Return the model's live leaves: columns _OPEN."""
         return {
-            (leaf.gfn, leaf.pfn, leaf.level, leaf.sptep or None, leaf.birth[0], leaf.birth[4],
-             leaf.birth[5], leaf.changes)
+            (leaf.gfn, leaf.pfn, leaf.level, leaf.sptep or None, *_born(leaf.birth), leaf.changes)
             for leaf in self.vm.all_leaves()
         }  # fmt: skip
 
@@ -186,7 +179,7 @@ class Bench:
         """Return how reconstruction and model differ, "" if they do not."""
         for name, ours, theirs in (
             ("open", self._tap.open(), self.leaves()),
-            ("ended", self._tap.ended, self._truth.ended()),
+            ("ended", self._tap.ended, _ended(self._ledger)),
         ):
             if ours != theirs:
                 return (

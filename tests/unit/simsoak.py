@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from unit.compiled import source_of, stale  # noqa: E402
 from unit.simtable import Job, Run, Table  # noqa: E402
 from unit.simtruth import differences, judge  # noqa: E402
 
@@ -90,7 +91,8 @@ def tree() -> str:
     """Return a digest of all that the runs of a soak depend on: what one run loads."""
     one(("6.12", "missing_put", "", 1))
     loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    files = {Path(path) for path in loaded if path} | set(ROOT.glob("tracer/simulator/*/*.toml"))
+    files = {source_of(Path(path)) for path in loaded if path}
+    files |= set(ROOT.glob("tracer/simulator/*/*.toml"))
     told = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted(files):
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in _DEPENDS:
@@ -122,6 +124,9 @@ class Kept:
 
 def main(seeds: int, output: str = "", minutes: str = "", folder: str = "") -> int:
     """Run, tell what went wrong, write the table."""
+    if why := stale():
+        print(why, file=sys.stderr)
+        return 1
     table, kept, began = Table(), Kept(folder), time.monotonic()
     with ProcessPoolExecutor(2) as pool:
         for seed in range(1, seeds + 1):

@@ -9,21 +9,23 @@ May import: standard library.
 import heapq
 import random
 from collections.abc import Generator, Iterator
+from typing import Final
 
 __all__ = ("FOREVER", "START_NS", "Dice", "Story", "Task", "Turns")
 
 #: CLOCK_MONOTONIC at the beginning of every simulated recording.
-START_NS = 1_000_000_000_000
-FOREVER = 1 << 62
+START_NS: Final = 1_000_000_000_000
+FOREVER: Final = 1 << 62
 
 #: Turns between two looks.
-_TURNS = 64
+_TURNS: Final = 64
 
 #: What a task runs: it yields the time (ns) at which it wants to go on.
 Story = Generator[int, None, None]
 
 #: Times are drawn from a ring of so many tuples, made once: a draw is one list access.
-_JITTERS, _PER_FAULT = 1 << 11, 6
+_JITTERS: Final = 1 << 11
+_PER_FAULT: Final = 6
 
 
 class Dice:

@@ -6,7 +6,7 @@ put. Where a generation differs, a field of `kernels.Kernel` says so; where a pl
 """
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.faultrecord import (
@@ -26,20 +26,23 @@ from tracer.simulator.recorder import CALL, CAUSE
 
 __all__ = ("Vcpu",)
 
-_MARK_ACCESSED = CALL["mark_accessed"]
-_FAULT, _PREFETCH, _FAST = CAUSE["fault"], CAUSE["prefetch"], CAUSE["fast"]
-_PREFETCHER = TAKERS.index("prefetch")
+_MARK_ACCESSED: Final = CALL["mark_accessed"]
+_FAULT: Final = CAUSE["fault"]
+_PREFETCH: Final = CAUSE["prefetch"]
+_FAST: Final = CAUSE["fast"]
+_PREFETCHER: Final = TAKERS.index("prefetch")
 #: How long a fault holds mmu_lock at least (ns).
-_HOLD_NS = 5000
+_HOLD_NS: Final = 5000
 #: From mmu_lock to the leaf.
-_MAP_NS = 3000
+_MAP_NS: Final = 3000
 #: 4K pages in one of 1G.
-_GIGANTIC = 1 << 18
+_GIGANTIC: Final = 1 << 18
 #: Faults of one access before the guest is given up as stuck.
-_TRIES = 128
+_TRIES: Final = 128
 #: What keeps a vCPU from getting on for ever. One that got nowhere so often is scheduled away.
-_ENDLESS = frozenset({"endless_storm", "obsolete_root", "invalid_slot"})
-_PATIENCE, _AWAY_NS = 64, 20_000_000
+_ENDLESS: Final = frozenset({"endless_storm", "obsolete_root", "invalid_slot"})
+_PATIENCE: Final = 64
+_AWAY_NS: Final = 20_000_000
 
 Result = Generator[int, None, str]
 
@@ -381,7 +384,8 @@ class Vcpu(Putting):
         """kvm_tdp_mmu_map(), or the shadow MMU's: install, change, or find it done already."""
         world, vm, task, page = self.world, self.vm, self.task, fault.page
         assert page is not None
-        fault.stages = (*fault.stages[:4], task.now - task.fault_ts)
+        t_faultin, t_gup, t_gup_end, t_end, _ = fault.stages
+        fault.stages = (t_faultin, t_gup, t_gup_end, t_end, task.now - task.fault_ts)
         # A constant: under one lock, what is mapped first is also written down first.
         task.now += _MAP_NS
         pfn, level = fault.pfn, 1
@@ -433,7 +437,7 @@ class Vcpu(Putting):
             first = fault.gfn & -pages
             fits = first >= slot.base and first + pages <= slot.end
             fits = fits and not (slot.base - slot.first | fault.gfn - fault.pfn) & pages - 1
-            if fits and not self.vm.leaves_in(self.vm.root, first, first + pages):
+            if fits and not self.vm.root.maps_some(first, pages):
                 return level
         return 1
 

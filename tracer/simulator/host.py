@@ -7,16 +7,23 @@ May import: standard library, `tracer.simulator.clock`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Final
 
 from tracer.simulator.clock import Task
 from tracer.simulator.kernels import Kernel
 
 __all__ = ("KINDS", "ZERO_PFN", "Host", "Mapping", "MemoryKind", "Page")
 
-_HAS_STRUCT, _TAIL, _HEAD, _RESERVED, _ZERO, _ZONE = 1, 2, 4, 8, 16, 32
-ZERO_PFN = 0xBAB3A
+_HAS_STRUCT: Final = 1
+_TAIL: Final = 2
+_HEAD: Final = 4
+_RESERVED: Final = 8
+_ZERO: Final = 16
+_ZONE: Final = 32
+ZERO_PFN: Final = 0xBAB3A
 #: mm_page_free and mm_page_alloc are recorded for pages that a VM mapped: 0 no, 1 mapped, 2 freed.
-_MAPPED, _FREED = 1, 2
+_MAPPED: Final = 1
+_FREED: Final = 2
 
 
 class Page:
@@ -70,14 +77,14 @@ class MemoryKind:
         return self.pfnmap or self.zone_device
 
 
-_PF = ("rd", "wr", "sh", "mr", "mw", "me", "ms", "pf", "io", "de", "dd", "sd")
-_SHARED = ("rd", "wr", "sh", "mr", "mw", "me", "ms", "sd")
-_DRM = "/dev/dri/card0"
+_PF: Final = ("rd", "wr", "sh", "mr", "mw", "me", "ms", "pf", "io", "de", "dd", "sd")
+_SHARED: Final = ("rd", "wr", "sh", "mr", "mw", "me", "ms", "sd")
+_DRM: Final = "/dev/dri/card0"
 #: VM_READ | VM_WRITE | VM_SHARED | VM_MAY* | VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP
-_VM_PFNMAP = 0xC0444FB
+_VM_PFNMAP: Final = 0xC0444FB
 
 #: All kinds of memory by name.
-KINDS: dict[str, MemoryKind] = {
+KINDS: Final[dict[str, MemoryKind]] = {
     kind.name: kind
     for kind in (
         MemoryKind("anon", "anonymous memory in 4K pages", zero_on_read=True),

@@ -4,6 +4,7 @@ May import: standard library, `tracer.simulator`.
 """
 
 from collections.abc import Generator
+from typing import Final
 
 from tracer.simulator.clock import Task
 from tracer.simulator.host import Host, Mapping, Page
@@ -13,7 +14,7 @@ from tracer.simulator.mmu import Vm, World
 __all__ = ("Found", "fresh_page", "host_fault", "populate")
 
 #: KVM_PFN_ERR_RO_FAULT: a write where the mapping is read-only.
-_ERR_RO = (0x7FF << 52) + 2
+_ERR_RO: Final = (0x7FF << 52) + 2
 
 #: The page, its frame, and may it be written? The page is None if the frame is an error.
 Found = tuple[Page | None, int, bool]
@@ -36,7 +37,7 @@ def host_fault(
     # wp_page_copy(), mm/memory.c: the zero page or a merged page gives way to an own one.
     if task.now > world.turns.next:
         yield task.now
-        if mapping.pages.get(index) is not entry:  # somebody was faster
+        if mapping.pages.get(index) != entry:  # somebody was faster
             found = mapping.pages.get(index)
             return found or populate(world.host, task, mapping, index, write=write)
     page = fresh_page(world.host, task)

@@ -4,6 +4,8 @@ Order that holds (KVM-FACTS 4): zaps, return of range_start, host page table, ra
 May import: `probes.wire`, standard library, `tracer.simulator`.
 """
 
+from typing import Final
+
 from probes.wire import INVALIDATE_EVENTS
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.mmu import Slot, Vm, World
@@ -11,8 +13,8 @@ from tracer.simulator.recorder import CAUSE, OP
 
 __all__ = ("covered", "end", "invalidate", "start")
 
-_NOTIFIER = CAUSE["notifier"]
-_EVENT = {name: number for number, name in enumerate(INVALIDATE_EVENTS)}
+_NOTIFIER: Final = CAUSE["notifier"]
+_EVENT: Final = {name: number for number, name in enumerate(INVALIDATE_EVENTS)}
 
 
 def covered(vm: Vm, low: int, high: int) -> list[tuple[Slot, int, int]]:

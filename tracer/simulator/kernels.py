@@ -7,17 +7,26 @@ May import: `probes.facts`, standard library.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Final
 
 from probes.facts import Field, KernelFacts
 
 __all__ = ("KERNELS", "REFCOUNTED_BIT", "Flags", "Kernel", "facts_of", "profile_of")
 
-_NONPRESENT = 1 << 63
+_NONPRESENT: Final = 1 << 63
 #: SPTE_MMU_PAGE_REFCOUNTED of the series v7 to v11, arch/x86/kvm/mmu/spte.h.
-REFCOUNTED_BIT = 1 << 59
-_RESULTS_OLD = ("continue", "retry", "emulate", "invalid", "fixed", "spurious")
+REFCOUNTED_BIT: Final = 1 << 59
+_RESULTS_OLD: Final = ("continue", "retry", "emulate", "invalid", "fixed", "spurious")
 #: Linux 2876624e1adc era: RET_PF_WRITE_PROTECTED came between emulate and invalid (v6.12).
-_RESULTS_NEW = ("continue", "retry", "emulate", "write_protected", "invalid", "fixed", "spurious")
+_RESULTS_NEW: Final = (
+    "continue",
+    "retry",
+    "emulate",
+    "write_protected",
+    "invalid",
+    "fixed",
+    "spurious",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,20 +122,20 @@ class Kernel:
         return self.results.index(name)
 
 
-_FLAGS_61 = Flags(
+_FLAGS_61: Final = Flags(
     fresh=0xFFFFFC00A0006, released=0xFFFFFC00A0024, settled=0xFFFFFC00A0034,
     marked=0xFFFFFC00A003C, freed=0xFFFFFC00A000E, lru=4,
 )  # fmt: skip
-_FLAGS_612 = Flags(
+_FLAGS_612: Final = Flags(
     fresh=0xFFFFFC002090C, released=0xFFFFFC0020B0C, settled=0xFFFFFE0020A2C,
     marked=0xFFFFFE0020A3C, freed=0xFFFFFC2020A1C,
 )  # fmt: skip
-_FLAGS_73 = Flags(
+_FLAGS_73: Final = Flags(
     fresh=0xFFFFFC202080C, released=0xFFFFFC402081C, settled=0xFFFFFDA02083C,
     marked=0xFFFFFDA02083C, freed=0xFFFFFC402081C,
 )  # fmt: skip
 
-_G0A = Kernel(
+_G0A: Final = Kernel(
     name="6.1",
     title="Linux 6.1: reference held through the fault, put after mmu_lock",
     generation="G0a",
@@ -142,7 +151,7 @@ _G0A = Kernel(
     activates=True,  # mark_page_accessed(), mm/swap.c: recordings show one more reference
     members=("hva",),  # struct kvm_page_fault: KVM-FACTS 1
 )
-_G0B = dataclasses.replace(
+_G0B: Final = dataclasses.replace(
     _G0A,
     name="6.12",
     title="Linux 6.12: as 6.1, with lockless retries around fault-in",
@@ -164,7 +173,7 @@ _G0B = dataclasses.replace(
     fault_bits=1 << 32,  # PFERR_GUEST_FINAL_MASK: recordings
 )
 #: The out-of-tree series "KVM: allow mapping non-refcounted pages": bases are 6.4 to 6.8.
-_G1 = dataclasses.replace(
+_G1: Final = dataclasses.replace(
     _G0A,
     generation="G1",
     flags=_FLAGS_612,
@@ -180,7 +189,7 @@ _G1 = dataclasses.replace(
     bit_shadow=True,  # KVM-FACTS 2.3: up to v9 "set unconditionally"
     members=("hva", "is_refcounted_page"),  # KVM-FACTS 2.2
 )
-_V7 = dataclasses.replace(
+_V7: Final = dataclasses.replace(
     _G1,
     name="v7",
     title="series v7: reference put at once; the page is marked accessed outside of mmu_lock",
@@ -190,7 +199,7 @@ _V7 = dataclasses.replace(
     shadow_fault_mark="unlocked",
     follow_members=("slot", "gfn", "flags", "allow_write_mapping", "is_refcounted_page"),  # 2.1
 )
-_V8 = dataclasses.replace(
+_V8: Final = dataclasses.replace(
     _G1,
     name="v8",
     title="series v8: reference put at once, except without TDP, where it stays (leak)",
@@ -202,7 +211,7 @@ _V8 = dataclasses.replace(
     follow_members=("slot", "gfn", "flags", "try_map_writable", "is_refcounted_page"),  # 2.1
     bugs=("missing_put_shadow",),
 )
-_V9_MAILED = dataclasses.replace(
+_V9_MAILED: Final = dataclasses.replace(
     _G1,
     name="v9-mailed",
     title="series v9 as mailed: references are taken and never put (leak)",
@@ -217,7 +226,7 @@ _V9_MAILED = dataclasses.replace(
     ),
     bugs=("missing_put",),
 )  # fmt: skip
-_V9 = dataclasses.replace(
+_V9: Final = dataclasses.replace(
     _V9_MAILED,
     name="v9",
     title="series v9 corrected: kvm_release_page_clean() after mmu_lock",
@@ -229,7 +238,7 @@ _V9 = dataclasses.replace(
     shadow_fault_mark="",
     bugs=(),
 )
-_V10 = dataclasses.replace(
+_V10: Final = dataclasses.replace(
     _G1,
     name="v10",
     title="series v10: reference put in kvm_follow_refcounted_pfn(); bit 59 only with TDP",
@@ -243,14 +252,14 @@ _V10 = dataclasses.replace(
     members=("hva", "accessed_page"),  # KVM-FACTS 2.2
     follow_members=("slot", "gfn", "flags", "try_map_writable", "refcounted_page"),  # 2.1
 )
-_V11 = dataclasses.replace(
+_V11: Final = dataclasses.replace(
     _V10,
     name="v11",
     title="series v11: as v10, with shadow_refcounted_mask",
     release="6.8.0-sim-v11",
     source="KVM-FACTS 2.3 v11; shadow_refcounted_mask set in kvm_configure_mmu()",
 )
-_G2 = dataclasses.replace(
+_G2: Final = dataclasses.replace(
     _G0B,
     name="6.13",
     title="Linux 6.13 to 7.x: reference put under mmu_lock; PFNMAP memory has none",
@@ -280,12 +289,12 @@ _G2 = dataclasses.replace(
 )
 
 #: All kernels that can be simulated, oldest idea first.
-KERNELS: Mapping[str, Kernel] = {
+KERNELS: Final[Mapping[str, Kernel]] = {
     kernel.name: kernel for kernel in (_G0A, _G0B, _V7, _V8, _V9_MAILED, _V9, _V10, _V11, _G2)
 }
 
 #: NPT: arch/x86/kvm/mmu/spte.c, kvm_mmu_reset_all_pte_masks(), without encrypted memory.
-_MASKS = {
+_MASKS: Final = {
     "shadow_accessed_mask": 1 << 5,
     "shadow_acc_track_mask": 0,
     "shadow_dirty_mask": 1 << 6,
@@ -300,7 +309,7 @@ _MASKS = {
     "shadow_user_mask": 1 << 2,
 }
 
-_COMMON_HOOKS = (
+_COMMON_HOOKS: Final = (
     ("fault", "kvm_tdp_page_fault"),
     ("fault_shadow", "ept_page_fault"),
     ("gup", "hva_to_pfn"),
@@ -326,7 +335,7 @@ _COMMON_HOOKS = (
     ("tdp_spte_changed", "kvm_tdp_mmu_spte_changed"),
     ("fast_page_fault", "fast_page_fault"),
 )
-_OPTIONAL_HOOKS = {
+_OPTIONAL_HOOKS: Final = {
     "G0a": (
         ("faultin", "kvm_faultin_pfn"), ("walk", "follow_pte"), ("spte", "__handle_changed_spte"),
         ("release_pfn_clean", "kvm_release_pfn_clean"),
@@ -358,7 +367,7 @@ _OPTIONAL_HOOKS = {
         ("vcpu_map", "__kvm_vcpu_map"), ("gpc", "__kvm_gpc_refresh"),
     ),
 }  # fmt: skip
-_RELEASE_HOOKS = (
+_RELEASE_HOOKS: Final = (
     "release_pfn_clean", "release_pfn_dirty", "mark_pfn_accessed", "mark_pfn_dirty", "finish_fault",
     "recovery",
 )  # fmt: skip

@@ -1,38 +1,43 @@
 """The truth: every life of a mapping, every reference KVM took, every bug that was planted.
 
-Kept while the model runs, written beside the trace as Parquet, and never looked at by the model.
+Kept while the model runs, written beside the trace (`truthfile`), never looked at by the model.
 Columns of `lives` are those of the analysis' table of that name, so that both can be compared.
 May import: `probes.wire`, `tracer.simulator.bugs`, numpy, pyarrow, standard library.
 """
 
 import struct
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from probes import wire
 from tracer.simulator.bugs import BUGS
 
 __all__ = (
-    "ALIVE", "BIRTH_CAUSES", "ENDINGS", "LIVES", "MMUS", "NO_COUNT", "PLANTED", "REFERENCES",
-    "TAKERS", "Ledger", "Table", "truth_paths",
+    "ALIVE", "BIRTH", "BIRTH_CAUSES", "DEATH", "ENDINGS", "LIVES", "MMUS", "NO_COUNT", "PLANTED",
+    "REFERENCES", "TAKERS", "Ledger", "Table",
 )  # fmt: skip
 
-MMUS = ("none", "tdp", "shadow")
+MMUS: Final = ("none", "tdp", "shadow")
 #: A leaf that came about when a large one was split has no install, and so no cause on the wire.
-BIRTH_CAUSES = (*wire.CAUSES, "split")
-ENDINGS = ("zap", "teardown", "split", "collapse", "superseded", "censored")
-TAKERS = ("fault", "prefetch", "pin", "pfncache")
+BIRTH_CAUSES: Final = (*wire.CAUSES, "split")
+ENDINGS: Final = ("zap", "teardown", "split", "collapse", "superseded", "censored")
+TAKERS: Final = ("fault", "prefetch", "pin", "pfncache")
 #: What stands for "there is none" in a column, where 0 is a value.
-NO_COUNT, _NO_CPU, _NO_SEQ, _NO_NAME = -(1 << 31), 0xFFFF, 0xFFFFFFFF, 0xFF
+NO_COUNT: Final = -(1 << 31)
+_NO_CPU: Final = 0xFFFF
+_NO_SEQ: Final = 0xFFFFFFFF
+_NO_NAME: Final = 0xFF
 
-#: Rows of one row group.
-_ROWS = 1 << 15
-_ARROW = {"B": pa.uint8(), "H": pa.uint16(), "I": pa.uint32(), "Q": pa.uint64(), "i": pa.int32()}
+_ARROW: Final = {
+    "B": pa.uint8(),
+    "H": pa.uint16(),
+    "I": pa.uint32(),
+    "Q": pa.uint64(),
+    "i": pa.int32(),
+}
 
 
 class Column(NamedTuple):
@@ -44,6 +49,10 @@ class Column(NamedTuple):
     names: tuple[str, ...] = ()
 
 
+def _layout(columns: tuple[Column, ...]) -> struct.Struct:
+    return struct.Struct("<" + "".join(column.char for column in columns))
+
+
 class Table:
     """A table whose rows are packed at once: Python's own objects would be twice the work.
 
@@ -51,19 +60,25 @@ class Table:
     """
 
     def __init__(self, *columns: Column) -> None:
-        layout = struct.Struct("<" + "".join(column.char for column in columns))
+        layout = _layout(columns)
         self.pack, self.unpack = layout.pack, layout.unpack
         self._columns = columns
         self._dtype = np.dtype([(c.name, np.dtype(c.char).newbyteorder("<")) for c in columns])
         self.schema = pa.schema(
-            [(c.name, pa.string() if c.names else _ARROW[c.char]) for c in columns]
+            [(c.name, _names_of(_ARROW[c.char]) if c.names else _ARROW[c.char]) for c in columns]
         )
+        #: the columns of which a file keeps each value once: of numbers that is twice the work
+        self.coded = [c.name for c in columns if c.names]
 
     def batch(self, rows: list[bytes]) -> pa.Table:
         """Return packed rows as an Arrow table of `schema`."""
         packed = np.frombuffer(b"".join(rows), self._dtype)
         arrays = [_array(packed[column.name], column) for column in self._columns]
         return pa.Table.from_arrays(arrays, schema=self.schema)
+
+
+def _names_of(numbers: pa.DataType) -> pa.DataType:
+    return pa.dictionary(numbers, pa.string())
 
 
 def _array(values: npt.NDArray[Any], column: Column) -> pa.Array:
@@ -83,30 +98,34 @@ def _array(values: npt.NDArray[Any], column: Column) -> pa.Array:
     names = pa.Array.from_buffers(
         pa.string(), len(texts), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
     )
-    kind = pa.dictionary(_ARROW[column.char], pa.string())
-    coded = pa.DictionaryArray.from_buffers(kind, len(values), buffers, names, nulls)
-    return coded.dictionary_decode()
+    kind = _names_of(_ARROW[column.char])
+    return pa.DictionaryArray.from_buffers(kind, len(values), buffers, names, nulls)
 
 
-#: One row for each lifetime of a mapping; null where there is none.
-LIVES = Table(
+_BIRTH: Final = (
     Column("vm", "I"), Column("as_id", "B"), Column("mmu", "B", names=MMUS), Column("level", "B"),
     Column("gfn", "Q"), Column("pages", "I"), Column("pfn", "Q"), Column("sptep", "Q", 0),
     Column("slot", "i", -1), Column("birth_ts", "Q"),
     Column("birth_cause", "B", names=BIRTH_CAUSES), Column("birth_tid", "I"),
     Column("birth_tgid", "I"), Column("birth_cpu", "H"), Column("birth_seq", "I"),
-    Column("fault_ts", "Q", 0), Column("vcpu", "i", -1), Column("death_ts", "Q", 0),
-    Column("death_cause", "B", _NO_NAME, wire.CAUSES), Column("death_tid", "I", 0),
-    Column("death_tgid", "I", 0), Column("death_cpu", "H", _NO_CPU),
-    Column("death_seq", "I", _NO_SEQ), Column("spte_birth", "Q"), Column("spte_last", "Q"),
-    Column("changes", "I"), Column("refcount_birth", "i", NO_COUNT),
-    Column("refcount_death", "i", NO_COUNT), Column("mapcount_birth", "i", NO_COUNT),
-    Column("ended_by", "B", names=ENDINGS),
+    Column("fault_ts", "Q", 0), Column("vcpu", "i", -1), Column("spte_birth", "Q"),
+    Column("refcount_birth", "i", NO_COUNT), Column("mapcount_birth", "i", NO_COUNT),
 )  # fmt: skip
+_DEATH: Final = (
+    Column("death_ts", "Q", 0), Column("death_cause", "B", _NO_NAME, wire.CAUSES),
+    Column("death_tid", "I", 0), Column("death_tgid", "I", 0), Column("death_cpu", "H", _NO_CPU),
+    Column("death_seq", "I", _NO_SEQ), Column("spte_last", "Q"), Column("changes", "I"),
+    Column("refcount_death", "i", NO_COUNT), Column("ended_by", "B", names=ENDINGS),
+)  # fmt: skip
+#: One row for each lifetime of a mapping; null where there is none. A row is what `BIRTH` packs,
+#: which the leaf keeps while it lives, and behind it what `DEATH` packs.
+LIVES: Final = Table(*_BIRTH, *_DEATH)
+BIRTH: Final = _layout(_BIRTH)
+DEATH: Final = _layout(_DEATH)
 #: What stands from death_ts to death_seq in a life that has not ended.
-ALIVE = (0, _NO_NAME, 0, 0, _NO_CPU, _NO_SEQ)
+ALIVE: Final = (0, _NO_NAME, 0, 0, _NO_CPU, _NO_SEQ)
 #: One row for each reference that KVM took; put_ts is null if it never gave it back.
-REFERENCES = Table(
+REFERENCES: Final = Table(
     Column("vm", "I"), Column("vcpu", "i"), Column("taker", "B", names=TAKERS), Column("gfn", "Q"),
     Column("pfn", "Q"), Column("fault_ts", "Q", 0), Column("get_ts", "Q"),
     Column("put_ts", "Q", 0), Column("put_pfn", "Q", 0),
@@ -114,51 +133,24 @@ REFERENCES = Table(
 
 
 #: One row for each occurrence of a planted bug.
-PLANTED = Table(
+PLANTED: Final = Table(
     Column("bug", "B", names=tuple(BUGS)), Column("vm", "I"), Column("ts", "Q"),
     Column("gfn", "Q"), Column("pfn", "Q"), Column("fault_ts", "Q", 0),
 )  # fmt: skip
 
-_TABLES = {"lives": LIVES, "references": REFERENCES, "bugs": PLANTED}
-_BUG_NUMBER = {name: number for number, name in enumerate(BUGS)}
-
-
-def truth_paths(trace: Path) -> dict[str, Path]:
-    """Return where the truth of a trace lies: table -> file beside it."""
-    return {name: trace.with_suffix(f".truth-{name}.parquet") for name in _TABLES}
+_BUG_NUMBER: Final = {name: number for number, name in enumerate(BUGS)}
 
 
 class Ledger:
-    """Collects packed rows and writes them a row group at a time, so that memory stays bounded."""
+    """Collects packed rows, until somebody writes them (`truthfile`)."""
 
-    def __init__(self, trace: Path) -> None:
+    def __init__(self) -> None:
         self.lives: list[bytes] = []
         self.references: list[bytes] = []
-        self._bugs: list[bytes] = []
-        self.rows = dict.fromkeys(_TABLES, 0)
+        self.bugs: list[bytes] = []
         self.planted: dict[str, int] = {}
-        self._writers = {
-            name: pq.ParquetWriter(path, _TABLES[name].schema, compression="zstd")
-            for name, path in truth_paths(trace).items()
-        }
 
     def bug(self, name: str, vm: int, ts: int, gfn: int, pfn: int, fault_ts: int = 0) -> None:
         """Enter one occurrence of a planted bug."""
         self.planted[name] = self.planted.get(name, 0) + 1
-        self._bugs.append(PLANTED.pack(_BUG_NUMBER[name], vm, ts, gfn, pfn, fault_ts))
-
-    def flush(self, most: int = _ROWS) -> None:
-        """Write every table that has so many rows waiting."""
-        for name, rows in (
-            ("lives", self.lives), ("references", self.references), ("bugs", self._bugs),
-        ):  # fmt: skip
-            if rows and len(rows) >= most:
-                self._writers[name].write_table(_TABLES[name].batch(rows))
-                self.rows[name] += len(rows)
-                rows.clear()
-
-    def close(self) -> None:
-        """Write the rest and close the files."""
-        self.flush(1)
-        for writer in self._writers.values():
-            writer.close()
+        self.bugs.append(PLANTED.pack(_BUG_NUMBER[name], vm, ts, gfn, pfn, fault_ts))

@@ -5,33 +5,37 @@ when, is in `fault` and `ops`. May import: standard library, `tracer.simulator`.
 """
 
 from collections.abc import Iterator
+from typing import Final
 
 from tracer.simulator.clock import Dice, Story, Task, Turns
 from tracer.simulator.host import Host, Mapping, Page
 from tracer.simulator.kernels import REFCOUNTED_BIT, Kernel
-from tracer.simulator.ledger import ALIVE, BIRTH_CAUSES, ENDINGS, LIVES, NO_COUNT, Ledger
+from tracer.simulator.ledger import ALIVE, BIRTH, BIRTH_CAUSES, DEATH, ENDINGS, NO_COUNT, Ledger
 from tracer.simulator.recorder import CALL, CAUSE, OP, Recorder
 
 __all__ = ("ALIAS", "SPLIT", "ZAP_NS", "Leaf", "PfnCache", "Root", "Slot", "Vm", "World")
 
 #: Leaves of the shadow MMU are found by guest virtual page: gfn plus a number of the alias.
-ALIAS = 44
-_GFN = (1 << ALIAS) - 1
-_TEARDOWN = CAUSE["teardown"]
-_INSTALL, _CHANGE, _ZAP = OP["install"], OP["change"], OP["zap"]
-_MARK_ACCESSED, _MARK_DIRTY = CALL["mark_accessed"], CALL["mark_dirty"]
+ALIAS: Final = 44
+_GFN: Final = (1 << ALIAS) - 1
+_TEARDOWN: Final = CAUSE["teardown"]
+_INSTALL: Final = OP["install"]
+_CHANGE: Final = OP["change"]
+_ZAP: Final = OP["zap"]
+_MARK_ACCESSED: Final = CALL["mark_accessed"]
+_MARK_DIRTY: Final = CALL["mark_dirty"]
 #: How a leaf came that has no install of its own: a large one was split.
-SPLIT = BIRTH_CAUSES.index("split")
-_ENDING = {name: number for number, name in enumerate(ENDINGS)}
-_ACCESSED, _DIRTY, _WRITABLE, _LARGE = 0x20, 0x40, 0x2, 0x80
-#: handle_changed_spte() comes to the dirty bit first, the rmap code of the shadow MMU does last.
-_MARKS_TDP = ((_MARK_DIRTY, _DIRTY), (_MARK_ACCESSED, _ACCESSED))
-_MARKS_SHADOW = tuple(reversed(_MARKS_TDP))
-_NO_COUNTS = (NO_COUNT, NO_COUNT)
-_pack_life = LIVES.pack
+SPLIT: Final = BIRTH_CAUSES.index("split")
+_ENDING: Final = {name: number for number, name in enumerate(ENDINGS)}
+_ACCESSED: Final = 0x20
+_DIRTY: Final = 0x40
+_WRITABLE: Final = 0x2
+_LARGE: Final = 0x80
+_pack_birth: Final = BIRTH.pack
+_pack_death: Final = DEATH.pack
 #: A leaf costs so much time to zap (ns), and mmu_lock is offered to others after so many.
-ZAP_NS = 1500
-_ZAPS_AT_ONCE = 256
+ZAP_NS: Final = 1500
+_ZAPS_AT_ONCE: Final = 256
 
 
 class World:
@@ -94,8 +98,8 @@ class Leaf:
         self.sptep = self.changes = self.as_id = 0
         #: its memslot, -1 if there is none
         self.slot_id = 0
-        #: ts, cause, tid, tgid, cpu, seq, fault_ts, vcpu, spte, refcount, mapcount of its install
-        self.birth: tuple[int, ...] = ()
+        #: what `BIRTH` packs: the part of its row in the ledger that is known from the beginning
+        self.birth = b""
 
     @property
     def pages(self) -> int:
@@ -115,6 +119,12 @@ class Root:
         #: tables in place of large leaves that were split: first key -> the entry that leads there
         self.split: dict[int, int] = {}
         self.valid = True
+
+    def maps_some(self, first: int, pages: int) -> bool:
+        """Is there a leaf at one of these keys?"""
+        if pages > len(self.leaves):
+            return any(first <= key < first + pages for key in self.leaves)
+        return any(key in self.leaves for key in range(first, first + pages))
 
 
 class PfnCache:
@@ -268,13 +278,24 @@ class Vm:
             self.world.kernel.nonpresent if old is None else old, spte, leaf.sptep,
             level, slot.as_id, cause, self.mmu, page,
         )  # fmt: skip
-        leaf.birth = (ts, cause, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
-                      task.vcpu if task.fault_ts else -1, spte,
-                      *((page.count, page.mapcount) if page.bits else _NO_COUNTS))  # fmt: skip
-        root.leaves[key] = leaf
         if page.bits:
+            self.born(task, ts, leaf, cause, seq, page.count, page.mapcount)
             self.world.host.mapped_by_vm(page, self.id)
+        else:
+            self.born(task, ts, leaf, cause, seq, NO_COUNT, NO_COUNT)
+        root.leaves[key] = leaf
         return leaf
+
+    def born(
+        self, task: Task, ts: int, leaf: Leaf, cause: int, seq: int, count: int, mapcount: int
+    ) -> None:
+        """Remember how a leaf came, as the ledger will have it."""
+        level = leaf.level
+        leaf.birth = _pack_birth(
+            self.id, leaf.as_id, self.mmu, level, leaf.gfn, 1 << 9 * (level - 1), leaf.pfn,
+            leaf.sptep, leaf.slot_id, ts, cause, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
+            task.vcpu if task.fault_ts else -1, leaf.spte, count, mapcount,
+        )  # fmt: skip
 
     def change(
         self, task: Task, ts: int, leaf: Leaf, new: int, cause: int, *, sptep: int = 0
@@ -319,13 +340,28 @@ class Vm:
         return kernel.zap_marks == "all" or (kernel.zap_marks == "bit" and counted)
 
     def _mark(self, task: Task, ts: int, leaf: Leaf) -> None:
-        page, spte, release = leaf.page, leaf.spte, self.world.out.release
-        for call, bit in _MARKS_SHADOW if self.shadow else _MARKS_TDP:
-            if spte & bit:
-                ts += 400
-                release(task, ts, call, 0, leaf.pfn, page)
-                if bit == _DIRTY and page.lru and page.count > 0:
-                    page.flags = self.world.kernel.flags.marked
+        # handle_changed_spte() comes to the dirty bit first, the rmap code of the shadow MMU last.
+        if self.shadow:
+            ts = self._mark_accessed(task, ts, leaf)
+            self._mark_dirty(task, ts, leaf)
+        else:
+            ts = self._mark_dirty(task, ts, leaf)
+            self._mark_accessed(task, ts, leaf)
+
+    def _mark_accessed(self, task: Task, ts: int, leaf: Leaf) -> int:
+        if not leaf.spte & _ACCESSED:
+            return ts
+        self.world.out.release(task, ts + 400, _MARK_ACCESSED, 0, leaf.pfn, leaf.page)
+        return ts + 400
+
+    def _mark_dirty(self, task: Task, ts: int, leaf: Leaf) -> int:
+        if not leaf.spte & _DIRTY:
+            return ts
+        page = leaf.page
+        self.world.out.release(task, ts + 400, _MARK_DIRTY, 0, leaf.pfn, page)
+        if page.lru and page.count > 0:
+            page.flags = self.world.kernel.flags.marked
+        return ts + 400
 
     def close(self, leaf: Leaf, ts: int, cause: int, task: Task | None, seq: int,
               ended_by: str) -> None:  # fmt: skip
@@ -336,19 +372,16 @@ class Vm:
     def enter(self, leaf: Leaf, ts: int, cause: int, task: Task | None, seq: int,
               ended_by: str) -> None:  # fmt: skip
         """Enter a life into the ledger; `task` is None if the recording ended first."""
-        ts_, cause_, tid, tgid, cpu, seq_, fault_ts, vcpu, spte, count, mapped = leaf.birth
-        death, last = ALIVE, NO_COUNT
-        if task is not None:
-            death = (ts, cause, task.tid, task.tgid, task.cpu, seq)
+        if task is None:
+            death = _pack_death(*ALIVE, leaf.spte, leaf.changes, NO_COUNT, _ENDING[ended_by])
+        else:
             # No record shows the page at the end of a life that another one took the place of.
-            if leaf.page.bits and ended_by != "superseded":
-                last = leaf.page.count
-        level = leaf.level
-        self.world.ledger.lives.append(_pack_life(
-            self.id, leaf.as_id, self.mmu, level, leaf.gfn, 1 << 9 * (level - 1), leaf.pfn,
-            leaf.sptep, leaf.slot_id, ts_, cause_, tid, tgid, cpu, seq_, fault_ts, vcpu, *death,
-            spte, leaf.spte, leaf.changes, count, last, mapped, _ENDING[ended_by],
-        ))  # fmt: skip
+            shown = leaf.page.bits and ended_by != "superseded"
+            death = _pack_death(
+                ts, cause, task.tid, task.tgid, task.cpu, seq, leaf.spte, leaf.changes,
+                leaf.page.count if shown else NO_COUNT, _ENDING[ended_by],
+            )  # fmt: skip
+        self.world.ledger.lives.append(leaf.birth + death)
 
     def leaves_in(self, root: Root, first: int, last: int) -> list[Leaf]:
         """Return the leaves that map a guest frame of [first, last), large ones included."""

@@ -5,7 +5,7 @@ May import: standard library, `tracer.simulator`.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.host import Host, Mapping, Page
@@ -19,16 +19,18 @@ from tracer.simulator.split import recover, split
 
 __all__ = ("VERBS", "create_slot", "create_vm", "destroy_vm", "discard_range")
 
-_SLOT, _DIRTY_LOG, _AGING = CAUSE["slot"], CAUSE["dirty_log"], CAUSE["aging"]
-_TEARDOWN = CAUSE["teardown"]
-_PIN = TAKERS.index("pin")
-_MARK_DIRTY = CALL["mark_dirty"]
+_SLOT: Final = CAUSE["slot"]
+_DIRTY_LOG: Final = CAUSE["dirty_log"]
+_AGING: Final = CAUSE["aging"]
+_TEARDOWN: Final = CAUSE["teardown"]
+_PIN: Final = TAKERS.index("pin")
+_MARK_DIRTY: Final = CALL["mark_dirty"]
 #: KVM_MEM_LOG_DIRTY_PAGES, include/uapi/linux/kvm.h.
-_LOG_DIRTY = 1
+_LOG_DIRTY: Final = 1
 #: How long a look at a page takes that leads to nothing.
-_LOOK_NS = 2000
+_LOOK_NS: Final = 2000
 #: Pages of one madvise() or of one shrinker's round.
-_PAGES = 64
+_PAGES: Final = 64
 
 
 def create_vm(world: World, vm: Vm, task: Task) -> None:
@@ -341,7 +343,7 @@ def sleep(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
 
 
 #: Verb of a scenario file -> story; the first line of its docstring is its help.
-VERBS: dict[str, Callable[[World, Vm, Task, Slot, dict[str, Any]], Story]] = {
+VERBS: Final[dict[str, Callable[[World, Vm, Task, Slot, dict[str, Any]], Story]]] = {
     verb.__name__: verb
     for verb in (discard, merge, storm, age, dirty_log, pin, pfncache, churn, move, sleep)
 }

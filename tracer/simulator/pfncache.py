@@ -6,7 +6,7 @@ invalidation of its own, gfn_to_pfn_cache_invalidate_start(), before the MMU's.
 May import: standard library, `tracer.simulator`.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.hostfault import host_fault
@@ -16,7 +16,7 @@ from tracer.simulator.recorder import CALL
 
 __all__ = ("pfncache",)
 
-_TAKER = TAKERS.index("pfncache")
+_TAKER: Final = TAKERS.index("pfncache")
 
 
 def pfncache(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:

@@ -4,6 +4,7 @@ May import: standard library, `tracer.simulator`.
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.faultrecord import Fault
@@ -13,7 +14,7 @@ from tracer.simulator.recorder import CALL
 
 __all__ = ("Putting",)
 
-_MARK_ACCESSED = CALL["mark_accessed"]
+_MARK_ACCESSED: Final = CALL["mark_accessed"]
 
 
 class Putting:

@@ -7,7 +7,7 @@ May import: `probes.wire`, `tracer`, numpy.
 
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,29 +23,35 @@ __all__ = (
     "SPTE_LAYOUT", "Recorder", "head_of",
 )  # fmt: skip
 
-KIND = {name: number for number, name in enumerate(wire.KINDS)}
-OP = {name: number for number, name in enumerate(wire.OPS)}
-CAUSE = {name: number for number, name in enumerate(wire.CAUSES)}
-CALL = {name: number for number, name in enumerate(wire.CALLS)}
+KIND: Final = {name: number for number, name in enumerate(wire.KINDS)}
+OP: Final = {name: number for number, name in enumerate(wire.OPS)}
+CAUSE: Final = {name: number for number, name in enumerate(wire.CAUSES)}
+CALL: Final = {name: number for number, name in enumerate(wire.CALLS)}
 
-_HEAD = struct.Struct("<HBBIIIiiI")
-_PAGE = "QiiIB3x"
+_HEAD: Final = struct.Struct("<HBBIIIiiI")
+_PAGE: Final = "QiiIB3x"
 #: The layouts of `wire.EVENT` and `wire.FAULT`: ts, fault_ts, seq, the rest of the header as one
 #: piece (it is the same for all of a task's records of one kind), the body. Tests compare them.
-EVENT_LAYOUT = struct.Struct("<QQI28sQQQQQIBBBB" + _PAGE)
-SPTE_LAYOUT = struct.Struct("<QQI28sQQQQQ4xBBBB" + _PAGE)
-RELEASE_LAYOUT = struct.Struct("<QQI28sQQ30xBx" + _PAGE)
-PAGE_LAYOUT = struct.Struct("<QQI28s8xQ24xI4x" + _PAGE)
-INVALIDATE_LAYOUT = struct.Struct("<QQI28s16xQQQI2xB25x")
-FAULT_LAYOUT = struct.Struct("<QQI28sQQQQQQQQQIIIIIIiiiBBBBBBB5x" + _PAGE + _PAGE)
+EVENT_LAYOUT: Final = struct.Struct("<QQI28sQQQQQIBBBB" + _PAGE)
+SPTE_LAYOUT: Final = struct.Struct("<QQI28sQQQQQ4xBBBB" + _PAGE)
+RELEASE_LAYOUT: Final = struct.Struct("<QQI28sQQ30xBx" + _PAGE)
+PAGE_LAYOUT: Final = struct.Struct("<QQI28s8xQ24xI4x" + _PAGE)
+INVALIDATE_LAYOUT: Final = struct.Struct("<QQI28s16xQQQI2xB25x")
+FAULT_LAYOUT: Final = struct.Struct("<QQI28sQQQQQQQQQIIIIIIiiiBBBBBBB5x" + _PAGE + _PAGE)
+_pack_spte: Final = SPTE_LAYOUT.pack_into
+_pack_release: Final = RELEASE_LAYOUT.pack_into
+_pack_page: Final = PAGE_LAYOUT.pack_into
+_pack_invalidate: Final = INVALIDATE_LAYOUT.pack_into
 
 #: Records held before the old ones are written.
-_HELD = 1 << 15
+_HELD: Final = 1 << 15
 #: Records of one size that there is room for at first.
-_FIRST = 1 << 11
-_NO_PAGE = (0, 0, 0, 0, 0)
-_FAULT, _RELEASE, _SPTE = KIND["FAULT"], KIND["RELEASE"], KIND["SPTE"]
-_INVALIDATE = KIND["INVALIDATE"]
+_FIRST: Final = 1 << 11
+_NO_PAGE: Final = (0, 0, 0, 0, 0)
+_FAULT: Final = KIND["FAULT"]
+_RELEASE: Final = KIND["RELEASE"]
+_SPTE: Final = KIND["SPTE"]
+_INVALIDATE: Final = KIND["INVALIDATE"]
 
 #: What may happen to the records on their way to the file (hostile mode).
 Tamper = Callable[[Group], Group]
@@ -66,16 +72,16 @@ class _Store:
         self.room *= 2
 
     def take_before(self, ts: int) -> npt.NDArray[np.void]:
-        """Take out what is older than `ts`, in order."""
+        """Take out what is older than `ts`, in order; the rest stays, in order too."""
         size = self.dtype.itemsize
-        held: npt.NDArray[np.void] = np.frombuffer(
-            bytes(memoryview(self.data)[: self.count * size]), self.dtype
+        held: npt.NDArray[np.void] = order(
+            np.frombuffer(bytes(memoryview(self.data)[: self.count * size]), self.dtype)
         )
-        old = held["h"]["ts"] < ts
-        rest = held[~old].tobytes()
+        old = int(np.searchsorted(held["h"]["ts"], np.uint64(ts)))
+        rest = held[old:].tobytes()
         self.data[: len(rest)] = rest
         self.count = len(rest) // size
-        return order(held[old])
+        return held[:old]
 
 
 def head_of(task: Task, kind: int, op: int) -> bytes:
@@ -126,7 +132,7 @@ class Recorder:
         fault_ts = task.fault_ts
         heads = task.heads_inside if fault_ts else task.heads
         head = heads.get(op) or head_of(task, _SPTE, op)
-        SPTE_LAYOUT.pack_into(
+        _pack_spte(
             store.data, at * 120, ts, fault_ts, seq, head, gfn, pfn, old, new, sptep,
             level, as_id, cause, mmu, page.flags, page.count, page.mapcount,
             page.bits if pfn == page.pfn else page.tail_bits, page.order,
@@ -145,7 +151,7 @@ class Recorder:
         fault_ts = task.fault_ts
         heads = task.heads_inside if fault_ts else task.heads
         head = heads.get(_RELEASE << 8) or head_of(task, _RELEASE, 0)
-        RELEASE_LAYOUT.pack_into(
+        _pack_release(
             store.data, at * 120, ts, fault_ts, seq, head, gfn, pfn, call,
             page.flags, page.count, page.mapcount,
             page.bits if pfn == page.pfn else page.tail_bits, page.order,
@@ -166,7 +172,7 @@ class Recorder:
             head = task.heads[key] = _HEAD.pack(
                 task.cpu, kind, 0, task.tid, task.tgid, page.vm, -1, -1, 0
             )
-        PAGE_LAYOUT.pack_into(
+        _pack_page(
             store.data, at * 120, ts, 0, seq, head, page.pfn, page.block, page.flags, page.count,
             page.mapcount, page.bits, page.order,
         )  # fmt: skip
@@ -192,7 +198,7 @@ class Recorder:
             head = heads[key] = _HEAD.pack(
                 task.cpu, _INVALIDATE, op, task.tid, task.tgid, vm, vcpu, -1, 0
             )
-        INVALIDATE_LAYOUT.pack_into(
+        _pack_invalidate(
             store.data, at * 120, ts, task.fault_ts, number, head, low, high, seq, in_progress,
             cause,
         )  # fmt: skip

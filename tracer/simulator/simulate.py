@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from probes.errors import UsageError
 from tracer.schema import SCHEMA_VERSION
@@ -21,7 +21,7 @@ from tracer.simulator.host import Mapping as HostMapping
 from tracer.simulator.hostile import HOSTILE, Hostile, parse_hostile
 from tracer.simulator.invalidate import invalidate
 from tracer.simulator.kernels import KERNELS, facts_of, profile_of
-from tracer.simulator.ledger import Ledger, truth_paths
+from tracer.simulator.ledger import Ledger
 from tracer.simulator.mmu import Slot, Vm, World
 from tracer.simulator.ops import (
     VERBS,
@@ -32,6 +32,7 @@ from tracer.simulator.ops import (
 )
 from tracer.simulator.recorder import KIND, Recorder
 from tracer.simulator.scenario import Memory, Phase, load, names
+from tracer.simulator.truthfile import TruthFiles, truth_paths
 from tracer.tracemeta import TraceMeta
 from tracer.tracewriter import TraceWriter
 
@@ -39,10 +40,10 @@ __all__ = ("Knobs", "Outcome", "Progress", "catalogue", "simulate")
 
 #: When the seed thread of this project, v9 of the series, was mailed. A trace must not say when
 #: it was made: the same seed gives the same bytes.
-_START_UNIX_NS = 1_694_398_590 * 10**9
+_START_UNIX_NS: Final = 1_694_398_590 * 10**9
 #: Threads of the VMM and of the host beside the vCPUs.
-_HOST_TASKS = 4
-_VCPUS_MAX = 1024
+_HOST_TASKS: Final = 4
+_VCPUS_MAX: Final = 1024
 
 
 #: Told how far a simulation is: (faults so far, faults in all).
@@ -103,7 +104,7 @@ def simulate(
     knobs: Knobs, output: Path, *, version: str, overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
-    """Run a simulation into `output`; the truth goes beside it (`ledger.truth_paths`).
+    """Run a simulation into `output`; the truth goes beside it (`truthfile.truth_paths`).
 
     `progress` is told (faults so far, faults to come about). Raises UsageError for knobs that make
     no sense, OutputError if a file cannot be written.
@@ -148,7 +149,8 @@ class _Simulation:
         self._writer = TraceWriter(output, self._meta(), overwrite=overwrite)
         self._out = Recorder(self._writer, self._cpus)
         self._killed = False
-        self._ledger = Ledger(output)
+        self._ledger = Ledger()
+        self._truth = TruthFiles(self._ledger, output)
         self._turns = Turns()
         host = Host(self._kernel, self._freed, self._handed_out)
         self._world = World(self._kernel, self._dice, self._turns, self._out, self._ledger, host)
@@ -269,7 +271,7 @@ class _Simulation:
         for _ in turns.run():
             if self._out.full:
                 self._out.flush(turns.now)
-                self._ledger.flush()
+                self._truth.flush()
                 if self._progress is not None:
                     done = sum(vcpu.faults for vcpu in self._vcpus)
                     self._progress(done, max(done, self._knobs.faults or self._knobs.pages))
@@ -351,13 +353,13 @@ class _Simulation:
             self._writer.abandon()
         else:
             self._close(end, seconds)
-        self._ledger.close()
+        self._truth.close()
         return Outcome(
             trace=self._output,
             truth=truth_paths(self._output),
             records=self._writer.records,
             faults=sum(vcpu.faults for vcpu in self._vcpus),
-            lives=self._ledger.rows["lives"],
+            lives=self._truth.rows["lives"],
             planted=dict(sorted(self._ledger.planted.items())),
             seconds=seconds,
         )

@@ -8,6 +8,8 @@ table's leaves change to the frozen value behind it (kvm_tdp_mmu_recover_huge_pa
 May import: standard library, `tracer.simulator`.
 """
 
+from typing import Final
+
 from tracer.simulator.clock import Story, Task
 from tracer.simulator.ledger import NO_COUNT
 from tracer.simulator.mmu import SPLIT, ZAP_NS, Leaf, Slot, Vm, World
@@ -15,11 +17,12 @@ from tracer.simulator.recorder import CAUSE
 
 __all__ = ("recover", "split")
 
-_PAGES, _LARGE = 512, 0x80
+_PAGES: Final = 512
+_LARGE: Final = 0x80
 #: What a page table's entry has beside the frame: present, writable, user, accessed, MMU_PRESENT.
-_TABLE = 0x827
-_SLOT = CAUSE["slot"]
-_CHILD_NS = 60
+_TABLE: Final = 0x827
+_SLOT: Final = CAUSE["slot"]
+_CHILD_NS: Final = 60
 
 
 def split(vm: Vm, task: Task, ts: int, leaf: Leaf, cause: int) -> None:
@@ -31,9 +34,7 @@ def split(vm: Vm, task: Task, ts: int, leaf: Leaf, cause: int) -> None:
     for at in range(_PAGES):
         child = Leaf(root, first + at, 1, spte + (at << 12), leaf.pfn + at, leaf.page)
         child.slot_id, child.as_id = leaf.slot_id, leaf.as_id
-        vcpu = task.vcpu if task.fault_ts else -1
-        child.birth = (ts, SPLIT, task.tid, task.tgid, task.cpu, seq, task.fault_ts, vcpu,
-                       child.spte, NO_COUNT, NO_COUNT)  # fmt: skip
+        vm.born(task, ts, child, SPLIT, seq, NO_COUNT, NO_COUNT)
         root.leaves[first + at] = child
 
 
