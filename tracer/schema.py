@@ -8,6 +8,7 @@ May import: `probes.wire`, numpy, pyarrow.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -314,6 +315,7 @@ def arrow_schema(metadata: Mapping[str, str] | None = None) -> pa.Schema:
     return pa.schema([pa.field(c.name, c.type) for c in COLUMNS], metadata=metadata)
 
 
+@functools.cache
 def columns_of_kind(kind: str) -> tuple[str, ...]:
     """Return the names of the columns that rows of this kind fill, in file order."""
     return tuple(c.name for c in COLUMNS if kind in c.sources)

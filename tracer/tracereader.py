@@ -24,6 +24,10 @@ from tracer.tracescan import Block, Scan, TraceBytes, load, read_schema, scan
 __all__ = ("TraceReader", "checked_kinds")
 
 _SCHEMA = schema.arrow_schema()
+_EVERY_COLUMN = tuple(column.name for column in schema.COLUMNS)
+#: A trace of no more batches, rows and packed bytes is unpacked at once and kept: 13 MB. Readers
+#: ask for a batch four times with other columns; opening Arrow's reader costs more than 500 rows.
+_KEPT_BLOCKS, _KEPT_ROWS, _KEPT_BYTES = 64, 1 << 15, 4 << 20
 
 
 def checked_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
@@ -37,11 +41,10 @@ def checked_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _checked_columns(columns: Sequence[str] | None) -> tuple[str, ...]:
-    names = tuple(column.name for column in schema.COLUMNS)
     for name in columns or ():
-        if name not in names:
+        if name not in _EVERY_COLUMN:
             raise UsageError(f"no column {name!a:.40}; 'pfntrace columns' names them")
-    return names if columns is None else tuple(columns)
+    return _EVERY_COLUMN if columns is None else tuple(columns)
 
 
 class _Feed:
@@ -87,29 +90,78 @@ class _Decoder:
             self._feed.put(message)
             batch = self._arrow.read_next_batch()
             batch.validate(full=True)
-            self._check_names(batch)
+            _check_names(batch, self._named)
+            self._named = []  # once is enough: they stand before the first batch, and only there
         except (pa.ArrowException, OSError, StopIteration) as err:
             raise Malformed("Arrow cannot read it") from err
-        if "kind" in self._columns and not _is_all(batch.column("kind"), block.kind):
-            raise Malformed("other kinds than its head says")
-        if "ts" in self._columns:
-            ts = values(batch, "ts")
-            if ts.min() != block.ts_min or ts.max() != block.ts_max:
-                raise Malformed("other times than its head says")
+        _check_tags(batch, self._columns, block)
         return batch.select(self._columns)
 
-    def _check_names(self, batch: pa.RecordBatch) -> None:
-        # Once is enough: they stand before the first batch, and only there.
-        for name in self._named:
-            names = batch.column(name).dictionary.to_pylist()
-            if len(set(names)) < len(names):
-                raise Malformed("a name that stands for two numbers")
-        self._named = []
+
+def _check_names(batch: pa.RecordBatch, columns: Sequence[str]) -> None:
+    for name in columns:
+        names = batch.column(name).dictionary.to_pylist()
+        if len(set(names)) < len(names):
+            raise Malformed("a name that stands for two numbers")
+
+
+def _check_tags(batch: pa.RecordBatch, columns: Sequence[str], block: Block) -> None:
+    """Compare a batch with its head, as far as these columns tell."""
+    if "kind" in columns and not _is_all(batch.column("kind"), block.kind):
+        raise Malformed("other kinds than its head says")
+    if "ts" in columns:
+        ts = values(batch, "ts")
+        if ts.min() != block.ts_min or ts.max() != block.ts_max:
+            raise Malformed("other times than its head says")
 
 
 def _is_all(column: pa.DictionaryArray, name: str) -> bool:
     at = np.frombuffer(column.indices.buffers()[1], "i1", len(column))
     return bool((at == at[0]).all()) and not column.null_count and column[0].as_py() == name
+
+
+class _Short:
+    """All batches of a short trace, with every column; of any other trace none.
+
+    None either if one is not as it should be: which reading that concerns, each has to see.
+    """
+
+    def __init__(self, file: TraceBytes, found: Scan) -> None:
+        self._file = file
+        self.stamp = file.stamp
+        self._batches: dict[int, pa.RecordBatch] = {}
+        if _is_short(found.blocks):
+            try:
+                self._batches = _unpacked(file, found)
+            except (Malformed, TraceFormatError, pa.ArrowException, OSError, StopIteration):
+                pass
+
+    def batch(self, block: Block) -> pa.RecordBatch | None:
+        """Return a batch if it is here, and the file still what it was when it was checked."""
+        batch = self._batches.get(block.offset)
+        return batch if batch is not None and self._file.stamp == self.stamp else None
+
+
+def _is_short(blocks: Sequence[Block]) -> bool:
+    rows, packed = sum(b.rows for b in blocks), sum(b.body_size for b in blocks)
+    return len(blocks) <= _KEPT_BLOCKS and rows <= _KEPT_ROWS and packed <= _KEPT_BYTES
+
+
+def _unpacked(file: TraceBytes, found: Scan) -> dict[int, pa.RecordBatch]:
+    """Return the batches of a file by offset, checked as one by one; raises for a bad one."""
+    whole = b"".join([found.head, *(load(file, block) for block in found.blocks)])
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    # Of memory, not of a file in Python: Arrow would call that 30 times for the names alone.
+    arrow = pa.ipc.open_stream(pa.py_buffer(whole), options=options)
+    batches: dict[int, pa.RecordBatch] = {}
+    for block in found.blocks:
+        batch = arrow.read_next_batch()
+        batch.validate(full=True)
+        if not batches:
+            _check_names(batch, [c.name for c in schema.COLUMNS if c.names])
+        _check_tags(batch, _EVERY_COLUMN, block)
+        batches[block.offset] = batch
+    return batches
 
 
 class TraceReader:
@@ -132,8 +184,10 @@ class TraceReader:
             self._file.close()
             raise
         self._scanned: Scan | None = None
+        self._short: _Short | None = None
         self._problem = ""
         self._damaged: Block | None = None
+        self._told: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __enter__(self) -> "TraceReader":
         return self
@@ -223,6 +277,13 @@ class TraceReader:
             for block in blocks:
                 if self._load(block) is None:
                     break
+        # What is told changes only with the file, or with what is known to be wrong.
+        if self._told is None or self._told[0] != (self._file.stamp, self.reason):
+            stamp, found = self._file.stamp, self._describe(blocks)
+            self._told = (stamp, self.reason), found
+        return {**self._told[1]}
+
+    def _describe(self, blocks: list[Block]) -> dict[str, Any]:
         while True:
             damaged = self._damaged
             if damaged is not None:
@@ -236,6 +297,12 @@ class TraceReader:
         if self._scanned is None:
             self._scanned = scan(self._file, self._schema_message)
         return self._scanned
+
+    @property
+    def _kept(self) -> _Short:
+        if self._short is None:
+            self._short = _Short(self._file, self._scan)
+        return self._short
 
     def _blocks(self, kinds: Sequence[str] | None) -> list[Block]:
         wanted = checked_kinds(kinds)
@@ -256,13 +323,19 @@ class TraceReader:
 
     def _loader(self, columns: Sequence[str]) -> Callable[[Block], pa.RecordBatch | None]:
         """Return what reads one block as a batch, or None if it is damaged."""
-        decoder = _Decoder(self._scan.head, columns)
+        wanted, kept = list(columns), self._kept
+        decoder: _Decoder | None = None
 
         def read(block: Block) -> pa.RecordBatch | None:
+            nonlocal decoder
+            batch = kept.batch(block)
+            if batch is not None:
+                return batch.select(wanted)
             message = self._load(block)
             if message is None:
                 return None
             try:
+                decoder = decoder or _Decoder(self._scan.head, wanted)
                 return decoder.decode(message, block)
             except Malformed as err:
                 self._damage(block, err)

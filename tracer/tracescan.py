@@ -75,6 +75,15 @@ class TraceBytes:
             ) from err
         return data
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Size and time of change (ns), which tell whether somebody wrote to the file."""
+        try:
+            status = os.fstat(self._fd)
+        except OSError:
+            return -1, -1  # closed: nothing is what it was
+        return status.st_size, status.st_mtime_ns
+
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         if self._fd >= 0:

@@ -88,8 +88,8 @@ class RecordingView(TraceReader):
         """Take one recording of an open trace, given by what the trace says of its parts."""
         # Not opened anew: it is the same file, found intact to the same place.
         self._file, self._schema_message = whole._file, whole._schema_message
-        self._scanned = whole._scan
-        self._problem, self._damaged = "", None
+        self._scanned, self._short = whole._scan, whole._kept
+        self._problem, self._damaged, self._told = "", None, None
         self._parts = list(parts)
         first, last = parts[0], max(parts, key=lambda part: part["end_ts"])
         self._numbers = {part["number"] for part in parts}

@@ -444,6 +444,29 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_cut_there(tmp_path):
         assert reader.reason.endswith("the file became shorter")
 
 
+def test_a_file_that_is_changed_while_it_is_read_is_read_anew(tmp_path):
+    path = write_trace(tmp_path / "x.pfnt", [group(n) for n in range(3)])
+    with TraceReader(path) as reader:
+        assert reader.info()["complete"] and len(rows_of(reader.batches())) == 31
+        block = reader._scan.blocks[2]
+        with path.open("r+b") as file:
+            file.seek(block.end - 1)
+            file.write(b"\xff")
+        os.utime(path, ns=(1, 1))  # a clock may tick too seldom to tell
+        assert len(rows_of(reader.batches())) == 10
+        assert reader.info()["reason"].startswith(f"damaged at byte {block.offset}")
+
+
+def test_a_trace_that_is_too_long_to_be_kept_is_read_the_same(tmp_path, monkeypatch):
+    path = write_trace(tmp_path / "x.pfnt", [group(n) for n in range(3)])
+    with TraceReader(path) as reader:
+        kept, info = rows_of(reader.batches()), reader.info()
+    monkeypatch.setattr("tracer.tracereader._KEPT_ROWS", 30)
+    with TraceReader(path) as reader:
+        assert rows_of(reader.batches()) == kept and reader.info() == info
+        assert not reader._kept._batches
+
+
 def test_a_reader_that_was_closed_says_so_in_one_line(tmp_path):
     reader = TraceReader(write_trace(tmp_path / "x.pfnt"))
     reader.close()
