@@ -1,22 +1,19 @@
 """What kind of page a finding is about, where its evidence knows: the zero page, a huge one, none.
 
 A mapping's name says too little: behind anonymous memory may be the host's zero page, which every
-guest shares. May import: `analysis`, pandas.
+guest shares. May import: `analysis`.
 """
 
 import dataclasses
 from typing import Any
 
-import pandas as pd
-
 from analysis.findings import Finding
-from analysis.pages import frame_of, page_class
+from analysis.pages import page_class_names, row_frame
 
 __all__ = ("page_words", "with_page")
 
 #: Records that hold the state of the page that they are about.
 _KINDS = ("FAULT", "SPTE", "RELEASE")
-_COLUMNS = ("pfn", "walk_pfn", "page_bits", "refcount", "mapcount")
 _WORDS = {
     "zero page": "the host's zero page, shared by all who read what was never written",
     "zone device": "memory of a device that has struct pages (ZONE_DEVICE)",
@@ -36,15 +33,8 @@ def with_page(finding: Finding) -> Finding:
     frames = finding.chain.pfns[:1] if finding.chain is not None else ()
     if not rows or not frames:
         return finding
-    table = pd.DataFrame([{name: row.get(name) for name in _COLUMNS} for row in rows])
-    table = table.astype({"pfn": "UInt64", "walk_pfn": "UInt64", "page_bits": "UInt32",
-                          "refcount": "Int32", "mapcount": "Int32"})  # fmt: skip
-    mine = (frame_of(table) == frames[0]).fillna(False).to_numpy(dtype=bool)
-    for row, name in zip(
-        [row for row, is_mine in zip(rows, mine, strict=True) if is_mine],
-        page_class(table[mine]).tolist(),
-        strict=True,
-    ):
+    mine = [row for row in rows if row_frame(row) == frames[0]]
+    for row, name in zip(mine, page_class_names(mine), strict=True):
         if name in _WORDS and (name != "uncounted" or _maps(row)):
             return dataclasses.replace(finding, detail={**finding.detail, "page_class": name})
         if name == "counted":

@@ -74,6 +74,11 @@ class Mappings:
                 owner[rows] = self._owners(self._of_vm.get(int(vm[rows[0]]), []), hva[rows])
         return [self._all[at] if at >= 0 else None for at in owner]
 
+    def find(self, vm: int, hva: int) -> VmaMapping | None:
+        """Return the mapping at one address, as `find_all` would."""
+        mine = (self._all[at] for at in reversed(self._of_vm.get(vm, [])))
+        return next((one for one in mine if one.start <= hva < one.end), None)
+
     def _owners(self, mine: list[int], hva: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Return the index in `_all` for each of some sorted addresses of one VM."""
         owner = np.full(len(hva), -1, np.int64)

@@ -3,7 +3,8 @@
 Pure functions over columns of one table. May import: numpy, pandas, `probes.wire`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,9 @@ __all__ = (
     "frame_of",
     "not_counted",
     "page_class",
+    "page_class_names",
     "pfn_error",
+    "row_frame",
     "vm_flag_names",
 )
 
@@ -68,6 +71,12 @@ def frame_of(table: pd.DataFrame) -> pd.Series:
     return frame
 
 
+def row_frame(row: Mapping[str, Any]) -> int | None:
+    """Return the same of one row as a dict."""
+    frames = (row.get("pfn"), row.get("walk_pfn"))
+    return next((frame for frame in frames if frame is not None and frame < _FRAMES), None)
+
+
 def page_class(table: pd.DataFrame) -> pd.Series:
     """Return the class of each row's page, from pfn, walk_pfn, page_bits, refcount and mapcount.
 
@@ -78,6 +87,27 @@ def page_class(table: pd.DataFrame) -> pd.Series:
     bits = table["page_bits"].to_numpy(dtype=np.int64, na_value=0)
     counted = table["refcount"].to_numpy(dtype=np.int64, na_value=0) > 0
     kind = table["mapcount"].to_numpy(dtype=np.int64, na_value=-1)
+    chosen = _codes(known, bits, counted, kind, frame_of(table).notna().to_numpy())
+    return pd.Series(pd.Categorical.from_codes(chosen, PAGE_CLASSES), index=table.index)
+
+
+def page_class_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the classes of a few rows as dicts: a table of them costs more."""
+    bits = [row.get("page_bits") for row in rows]
+    chosen = _codes(
+        np.array([one is not None for one in bits], np.bool_),
+        np.array([one or 0 for one in bits], np.int64),
+        np.array([(row.get("refcount") or 0) > 0 for row in rows], np.bool_),
+        np.array([-1 if (n := row.get("mapcount")) is None else n for row in rows], np.int64),
+        np.array([row_frame(row) is not None for row in rows], np.bool_),
+    )
+    return [PAGE_CLASSES[code] for code in chosen.tolist()]
+
+
+def _codes(
+    known: np.ndarray, bits: np.ndarray, counted: np.ndarray, kind: np.ndarray, framed: np.ndarray
+) -> np.ndarray:
+    """Return the classes as numbers; `kind` is the mapcount, `framed` tells where a frame is."""
     compound = (bits & (PAGE_BITS["tail"] | PAGE_BITS["head"])) != 0
     conditions = {
         "zero page": known & ((bits & PAGE_BITS["zero"]) != 0),
@@ -88,11 +118,10 @@ def page_class(table: pd.DataFrame) -> pd.Series:
         "free": known & _is_buddy(kind),
         "count 0, compound or typed": known & (compound | (kind < -128)),
         "uncounted": known,
-        "no struct page": frame_of(table).notna().to_numpy(),
+        "no struct page": framed,
     }
     codes = [PAGE_CLASSES.index(name) for name in conditions]
-    chosen = np.select(list(conditions.values()), codes, PAGE_CLASSES.index("no page"))
-    return pd.Series(pd.Categorical.from_codes(chosen, PAGE_CLASSES), index=table.index)
+    return np.select(list(conditions.values()), codes, PAGE_CLASSES.index("no page"))
 
 
 def _is_buddy(mapcount: np.ndarray) -> np.ndarray:

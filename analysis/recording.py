@@ -205,6 +205,8 @@ def _vmas(reader: TraceReader) -> pd.DataFrame:
             seen.pop(row, None)
             if len(seen) < _VMAS_MAX:
                 seen[row] = None
+    if not seen:
+        return pd.DataFrame()
     return pd.DataFrame(list(seen), columns=list(_VMA_COLUMNS)).astype("UInt64")
 
 

@@ -1,6 +1,6 @@
 """What detectors share: adding up occurrences, and wording what loss does to a verdict.
 
-May import: `analysis`, `probes.wire`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records
 from analysis.findings import Chain, Finding, Innocent, ranges_of
@@ -139,8 +138,7 @@ def where_of(recording: Recording, vm: int, hva: int) -> str:
     """Return the mapping behind an address of a VM's process, for example its file; "" if none."""
     if not hva:
         return ""
-    table = pd.DataFrame({"vm": [vm], "hva": pd.array([hva], "UInt64")})
-    found = recording.mappings.find_all(table)[0]
+    found = recording.mappings.find(vm, hva)
     return "" if found is None else str(found)
 
 

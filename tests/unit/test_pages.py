@@ -10,7 +10,9 @@ from analysis.pages import (
     frame_of,
     not_counted,
     page_class,
+    page_class_names,
     pfn_error,
+    row_frame,
     vm_flag_names,
 )
 from probes.wire import PAGE_BITS
@@ -67,6 +69,9 @@ def test_a_page_has_one_class(row, expected):
     classes = page_class(pages(row))
     assert list(classes) == [expected]
     assert tuple(classes.cat.categories) == PAGE_CLASSES
+    # And so has one row, as a dict.
+    names = ("pfn", "page_bits", "refcount", "mapcount")
+    assert page_class_names([dict(zip(names, row, strict=True))]) == [expected]
 
 
 def test_a_page_that_kvm_refused_is_the_one_that_the_walk_found():
@@ -76,6 +81,9 @@ def test_a_page_that_kvm_refused_is_the_one_that_the_walk_found():
     # WHEN THEN
     assert frame_of(table).tolist() == [0x100, 0x1981, pd.NA]
     assert list(page_class(table)) == ["counted", "uncounted", "no page"]
+    dicts = table.astype(object).where(table.notna(), None).to_dict("records")
+    assert [row_frame(row) for row in dicts] == [0x100, 0x1981, None]
+    assert page_class_names(dicts) == ["counted", "uncounted", "no page"]
 
 
 def test_the_classes_keep_the_rows_of_their_table():

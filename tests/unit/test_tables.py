@@ -138,7 +138,9 @@ def slot_note(vm, start, end, path="/dev/dri/card0", flags=("io", "pf")):
 
 def found(mappings, *places):
     table = pd.DataFrame(places, columns=["vm", "hva"]).astype("UInt64")
-    return mappings.find_all(table)
+    every = mappings.find_all(table)
+    assert [mappings.find(vm, hva) for vm, hva in places] == every
+    return every
 
 
 def test_a_walked_mapping_has_the_path_of_its_device():
