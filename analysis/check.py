@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from analysis import detectors
 from analysis.chains import fetch
@@ -22,7 +21,7 @@ from analysis.detectors.installs import NO_FAULTS
 from analysis.faultjoin import JOIN_COLUMNS, FaultJoiner
 from analysis.findingpage import with_page
 from analysis.findings import Finding, Unanswerable
-from analysis.lifearrays import LIFE_COLUMNS
+from analysis.lifearrays import LIFE_COLUMNS, LifeArrays
 from analysis.lives import SPTE_COLUMNS, LifeBuilder, LifeContext
 from analysis.recording import Recording, open_recording, recording_name
 from analysis.stream import PIECE_ROWS, Piece, pieces
@@ -273,11 +272,11 @@ def _run(
         builder = LifeBuilder(LifeContext.of(reader), LIFE_COLUMNS)
     kinds = reader.info()["kinds"]
     done, duplicates, total = 0, 0, sum(kinds.get(kind, 0) for kind in columns)
-    empty = pd.DataFrame()
+    empty = LifeArrays()
     for piece in pieces(reader, columns, rows_max, until) if columns else ():
         closed = empty
         if builder is not None:
-            closed = builder.feed(piece["SPTE"])
+            closed = LifeArrays(builder.feed_table(piece["SPTE"]))
         chunk = Chunk(piece, joiner.join(piece) if joiner else None, closed, builder)
         for detector in able:
             detector.feed(chunk)
@@ -286,7 +285,7 @@ def _run(
         steps.tell(done, total)
     steps.next(total)
     steps.duplicates += duplicates
-    rest = builder.finish() if builder is not None else empty
+    rest = LifeArrays(builder.finish_table()) if builder is not None else empty
     if builder is not None and len(builder.orphan_records):
         # Those that waited for an install up to the end.
         last = Piece(0, 0, {kind: Records(kind) for kind in columns})

@@ -25,22 +25,21 @@ __all__ = ("Chunk", "Detector")
 class Chunk:
     """What happened between `ts_from` (included) and `ts_to` (not), ns.
 
-    `chunk["SPTE"]` are the records of a kind that some detector needs. `closed` is the table
-    `lives` (LIFE_COLUMNS of it) of those that ended here, `lives` the same as arrays, `orphans` the
-    SPTE records that belong to no life; all are empty unless a detector wants lives.
+    `chunk["SPTE"]` are the records of a kind that some detector needs. `lives` (LIFE_COLUMNS) are
+    those that ended here, `orphans` the SPTE records that belong to no life; both are empty unless
+    a detector wants lives.
     """
 
     def __init__(
         self,
         piece: Piece,
         faults: FaultJoin | None,
-        closed: pd.DataFrame,
+        lives: LifeArrays,
         builder: LifeBuilder | None,
     ) -> None:
         self.ts_from = piece.ts_from
         self.ts_to = piece.ts_to
-        self.closed = closed
-        self.lives = LifeArrays(closed)
+        self.lives = lives
         self._piece = piece
         self._faults = faults
         self._builder = builder
@@ -91,5 +90,5 @@ class Detector(Protocol):
     def feed(self, chunk: Chunk) -> None:
         """Take the next span of time."""
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found. `open_lives` are those that never ended, if lives are wanted."""

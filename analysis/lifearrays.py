@@ -1,17 +1,18 @@
-"""A table of lives as plain numpy arrays, converted when asked for: what detectors compute with.
+"""Lives as plain numpy arrays, converted when asked for: what detectors compute with.
 
 Nulls are numbers: 0, but all ones for `death_ts`, so that a life is mapped at t if birth_ts <= t <
 death_ts. Categories are their codes, -1 if null; those of causes are the numbers on the wire.
-May import: numpy, pandas, `analysis.framelog`.
+No pandas: a DataFrame of 20 columns costs more than pairing some hundred lives.
+May import: numpy, `analysis.framelog`, `analysis.lifetable`.
 """
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.framelog import Spans
+from analysis.lifetable import LifeTable
 
 __all__ = ("FOREVER", "LIFE_COLUMNS", "LifeArrays")
 
@@ -37,14 +38,15 @@ _SLOT_UNKNOWN = -1
 
 
 class LifeArrays:
-    """`lives["gfn"]` is a column of a table `lives` as an array; one of LIFE_COLUMNS in a check."""
+    """`lives["gfn"]` is a column of the table `lives`, as an array; in a check of LIFE_COLUMNS."""
 
-    def __init__(self, table: pd.DataFrame) -> None:
+    def __init__(self, table: LifeTable | None = None) -> None:
+        """Take a table that is full; None is an empty one."""
         self._table = table
         self._cache: dict[str, npt.NDArray[Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._table) if self._table is not None else 0
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         found = self._cache.get(name)
@@ -53,16 +55,11 @@ class LifeArrays:
         return found
 
     def _column(self, name: str) -> npt.NDArray[Any]:
-        if not len(self._table):
-            return np.zeros(0, _TYPES.get(name, np.int64))
-        column = self._table[name]
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            return np.asarray(column.cat.codes)
-        if pd.api.types.is_extension_array_dtype(column.dtype):
-            null = _SLOT_UNKNOWN if name in ("slot", "vcpu") else _NULLS.get(name, 0)
-            values = column.to_numpy(dtype=_TYPES.get(name, np.int64), na_value=null)
-            return np.asarray(values)
-        return np.asarray(column)
+        dtype = _TYPES.get(name, np.int64)
+        if self._table is None or not len(self._table):
+            return np.zeros(0, dtype)
+        null = _SLOT_UNKNOWN if name in ("slot", "vcpu") else _NULLS.get(name, 0)
+        return self._table.array(name, null, dtype)
 
     def host(self) -> Spans:
         """Return the lives as ranges of host frames."""

@@ -209,9 +209,34 @@ class LifeTable:
                 if nulls is not False:  # as they are already
                     self._nulls[name][at] = nulls
 
-    def frame(self) -> pd.DataFrame:
-        """Return the table."""
-        return pd.DataFrame({name: self._column(name) for name in self._values}, copy=False)
+    def __len__(self) -> int:
+        return self._filled
+
+    def array(self, name: str, null: int, dtype: Any) -> Array:
+        """Return a column: of a category its codes, of a nullable one `dtype`, nulls a number."""
+        values, nulls = self._values[name], self._nulls.get(name)
+        if name in _CATEGORIES or nulls is None:
+            return values
+        found = values.astype(dtype)
+        found[nulls] = null
+        return found
+
+    def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return the table, or some columns of it."""
+        names = self._values if columns is None else columns
+        return pd.DataFrame({name: self._column(name) for name in names}, copy=False)
+
+    @classmethod
+    def joined(cls, tables: Sequence["LifeTable"]) -> "LifeTable":
+        """Return the rows of some tables as one, in order of life_id, which all have."""
+        whole = cls(0, tables[0]._context, tuple(tables[0]._values))
+        order = np.argsort(np.concatenate([table._values["life_id"] for table in tables]))
+        whole._filled = len(order)
+        for columns in ("_values", "_nulls"):
+            for name in getattr(whole, columns):
+                parts = [getattr(table, columns)[name] for table in tables]
+                getattr(whole, columns)[name] = np.concatenate(parts).take(order)
+        return whole
 
     def _column(self, name: str) -> Any:
         values = self._values[name]

@@ -109,47 +109,57 @@ class LifeBuilder:
 
         Raises PfntraceError if more mappings are open than `analysis.lifestore.OPEN_MAX`.
         """
+        return self.feed_table(sptes).frame(self._wanted)
+
+    def feed_table(self, sptes: Records | pa.RecordBatch | pa.Table) -> LifeTable:
+        """Do the same, for who needs no pandas; the table has `life_id`, too."""
         records = sptes if isinstance(sptes, Records) else _records(sptes)
-        frames: list[pd.DataFrame] = []
+        tables: list[LifeTable] = []
         told = [_NO_ORPHANS]
         for part in _parts(records):
-            self._feed(part, frames, told)
+            self._feed(part, tables, told)
         self._tell(pa.concat_tables(told) if len(told) > 1 else _NO_ORPHANS)
-        return self._asked_for(_in_order(frames or [self._table(0).frame()]))
+        if len(tables) < 2:
+            return tables[0] if tables else self._table(0)
+        return LifeTable.joined(tables)
 
     def open(self) -> pd.DataFrame:
         """Return the lives that are open now, as `finish` would."""
+        return self._open_table().frame(self._wanted)
+
+    def _open_table(self) -> LifeTable:
         slots = self._open.slots()
         slots = slots.take(np.argsort(self._open.rows["life_id"][slots]))
         table = self._table(len(slots))
         for part in _steps(slots):
             rows = self._open.rows.take(part)
             table.add({name: rows[name] for name in FIELDS}, None)
-        return self._asked_for(table.frame())
+        return table
 
     def finish(self) -> pd.DataFrame:
         """Return the lives that did not end: `censored_end`, in order of life_id.
 
         Afterwards `orphans` has those whose fate was not known before.
         """
-        frame = self.open()
+        return self.finish_table().frame(self._wanted)
+
+    def finish_table(self) -> LifeTable:
+        """Do the same, for who needs no pandas."""
+        table = self._open_table()
         self._open = OpenLives()
         self._tell(self._held)
         self._held, self._held_collapsed = _NO_ORPHANS, np.zeros(0, bool)
-        return frame
+        return table
 
     def _tell(self, orphans: pa.Table) -> None:
         self._orphans, self.orphan_records = orphans, _records(orphans)
         if len(orphans):
             self.accounted.update(orphans["orphan"].to_pylist())
 
-    def _asked_for(self, frame: pd.DataFrame) -> pd.DataFrame:
-        return frame if self._wanted is None else frame[list(self._wanted)]
-
     def _table(self, count: int) -> LifeTable:
         return LifeTable(count, self._context, self._columns)
 
-    def _feed(self, records: Records, frames: list[pd.DataFrame], told: list[pa.Table]) -> None:
+    def _feed(self, records: Records, tables: list[LifeTable], told: list[pa.Table]) -> None:
         """Take records that are not too many; add the lives that ended and the orphans."""
         held = len(self._held)
         if held:
@@ -162,7 +172,7 @@ class LifeBuilder:
         elif self._held_collapsed.any():
             collapsed = np.zeros(len(events), bool)
             collapsed[:held] = self._held_collapsed
-        lives = self._block(events, collapsed, frames)
+        lives = self._block(events, collapsed, tables)
         orphans = _orphans(events, lives, len(records))
         if len(records) > len(orphans.row):
             self.accounted["life"] += len(records) - len(orphans.row)
@@ -183,7 +193,7 @@ class LifeBuilder:
         )
         return found.filter(pa.array(~waits))
 
-    def _block(self, events: Events, collapsed: Array, frames: list[pd.DataFrame]) -> Lives:
+    def _block(self, events: Events, collapsed: Array, tables: list[LifeTable]) -> Lives:
         ts, vm = events.columns["ts"], events.columns["vm"]
         lives = pair(events.keys, self._open, lambda at: self._context.missable(vm[at], ts[at]))
         block = _Block(events, lives, collapsed, self._open, self._context, self._next)
@@ -209,7 +219,7 @@ class LifeBuilder:
         lives.settle(self._open, slot)
         self._open.drop(lives.slot.take(old))
         if count:
-            frames.append(table.frame())
+            tables.append(table)
         return lives
 
 

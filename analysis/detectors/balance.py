@@ -7,7 +7,7 @@ record. Faults are judged whose page was seen and is one that KVM counts.
 A put that shows as two records, the outer function and the one it calls, is one put: the recorder
 takes the inner one out by its unchanged count, and misses that if somebody else dropped a reference
 between the two. So a second record is a second put only if it cannot be that inner call.
-May import: `analysis`, `probes.wire`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
@@ -39,6 +38,7 @@ from analysis.detectors.puts import (
 )
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.text import plural
 from probes.wire import CALLS
@@ -203,7 +203,7 @@ class Balance:
             return faults["writable"]
         return faults["mmu"] == self._groups[name]
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         found = []
         semantics = self._recording.semantics

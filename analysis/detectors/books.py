@@ -5,7 +5,7 @@ change belongs to an install, and when a VM is gone nothing of it is left. Excep
 KVM clears accessed and dirty bits, and the fast path of page faults sets the writable bit, without
 the lock that zaps hold, so their record can come after that of a zap. Eager splitting of large
 pages in the shadow MMU installs leaves where no hook is; the TDP MMU's splits are known by their
-parent. May import: `analysis`, numpy, pandas.
+parent. May import: `analysis`, numpy.
 """
 
 import functools
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
@@ -115,10 +114,10 @@ class Unpaired:
                 near[at] |= bool(hit.any())
         return near
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         found = [self._orphan(why, seen) for why, seen in self._orphans.items() if seen]
-        return found + self._left(LifeArrays(open_lives))
+        return found + self._left(open_lives)
 
     def _orphan(self, why: str, found: Occurrences) -> Finding:
         first = found.first

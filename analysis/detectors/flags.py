@@ -1,19 +1,19 @@
 """What the kernel says about a page's counting, against what the page and the other record say.
 
-May import: `analysis`, `probes.wire`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import FRAMES, NEVER, Occurrences, refcountable
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.text import plural
 
@@ -128,7 +128,7 @@ class RefcountedFlag:
         if bad.any():
             self._seen[name].add(records, np.flatnonzero(bad), faults=True)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         found = []
         series = self._recording.semantics.generation == "G1"

@@ -22,7 +22,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from analysis.columns import Records
 from analysis.detector import Chunk
@@ -128,9 +127,9 @@ class FreedWhileMapped:
         reused = self._reused.step(host, self._events(chunk["PAGE_ALLOC"]))
         self._take(chunk.lives, freed, reused)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
-        rest = LifeArrays(open_lives)
+        rest = open_lives
         host = rest.host()
         self._take(rest, self._freed.rest(host), self._reused.rest(host))
         found = [self._finding(*key, *group) for key, group in self._groups.items()]

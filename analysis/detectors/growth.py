@@ -13,7 +13,7 @@ The noise that comes nearest: mark_page_accessed() at the end of a fault queues 
 activation when it is seen a second time, and the queue holds a reference, so that many pages rise
 by one with their second fault. Compound pages are left out, since their count rises with every part
 that the host maps, and so is memory of a file that may outlive the VM.
-May import: `analysis`, `probes.wire`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
@@ -32,6 +31,7 @@ from analysis.detectors.pagegroups import ANONYMOUS, KNOWN, Anonymous, Groups
 from analysis.detectors.puts import judged_faults
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Chain, Finding, Innocent, ranges_of
+from analysis.lifearrays import LifeArrays
 from analysis.pagemap import PAGES_MAX, PageMap
 from analysis.recording import Recording
 from analysis.text import plural
@@ -253,7 +253,7 @@ class Growth:
         pages["state"][at] &= np.uint8(ANONYMOUS | KNOWN)
         return _Since(at[again], ts[again]) if again.any() else None
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         pages = self._pages
         faults = pages["gets"][: len(pages)].astype(np.int64)

@@ -15,7 +15,7 @@ is no exception:
 - Leaves that replace a page table (collapse) need no fault: they map what the table mapped. Leaves
   that come of splitting a larger one have no record at all.
 
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
 from analysis.detectors.common import FRAMES, NEVER, Occurrences
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 
 __all__ = ("NO_FAULTS", "GfnOutside", "InstallWithoutFaultIn", "misplaced")
@@ -203,7 +203,7 @@ class InstallWithoutFaultIn:
                 more=(join.sptes.key(int(at[0])),),
             )  # fmt: skip
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         return [self._finding(what, found) for what, found in self._found.items() if found]
 
@@ -315,7 +315,7 @@ class GfnOutside:
                 more=(sptes.key(int(at[0])),),
             )  # fmt: skip
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         if not self._found:
             return []

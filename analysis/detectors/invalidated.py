@@ -8,7 +8,7 @@ memslot leave `in_progress` alone. After the end a fault may map again, and duri
 return, so only leaves count that were there before the start had returned and still are after the
 end. Aging changes bits and is no invalidation. Which guest frames an address range stands for is
 taken from the memslots at the time; memory behind guest_memfd is not subject to it.
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, numpy.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
@@ -108,9 +107,9 @@ class AliveAfterInvalidation:
         space = self._spaces.of(lives["vm"], lives["as_id"])
         self._take(lives, self._log.step(lives.guest(space), events))
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
-        rest = LifeArrays(open_lives)
+        rest = open_lives
         space = self._spaces.of(rest["vm"], rest["as_id"])
         self._take(rest, self._log.rest(rest.guest(space)))
         findings = [self._finding(why, found) for why, found in self._found.items() if found]

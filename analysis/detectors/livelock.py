@@ -14,22 +14,21 @@ one after the other, are a run. What the rounds say tells five stories apart:
     no page      fault-in asks the host and gets nothing, as with an asynchronous page fault
 
 Only the first is KVM's. The second is somebody's invalidate_range_start() without its end; the
-others are hosts at work, and told without blame. May import: `analysis`, numpy, pandas.
+others are hosts at work, and told without blame. May import: `analysis`, numpy.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import FRAMES, NEVER, vcpu_keys, where_of
 from analysis.detectors.unended import INVALIDATE_COLUMNS, Miscounted
 from analysis.findings import VERDICTS, Chain, Finding, Innocent, ranges_of
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 
 __all__ = ("Livelock",)
@@ -54,7 +53,11 @@ class _Run:
     vm: int
     vcpu: int
     page: int
-    row: dict[str, Any]
+    #: of the first fault; None where its record has none.
+    gfn: int
+    hva: int
+    slot: int | None
+    fault: tuple[int, int] | None
     key: tuple[str, int, int, int]
     last_key: tuple[str, int, int, int]
     first_ts: int
@@ -189,7 +192,7 @@ class Livelock:
             return
         if run is None:
             run = self._running[vm, vcpu] = _Run(
-                vm, vcpu, page, faults.rows([first])[0], faults.key(first), faults.key(first),
+                vm, vcpu, page, *_place(faults, first), faults.key(first), faults.key(first),
                 int(faults["ts"][first]), 0, int(faults["mmu_seq"][first]),
             )  # fmt: skip
         run.rounds += len(rows)
@@ -212,7 +215,7 @@ class Livelock:
         if run.rounds >= ROUNDS and len(self._done) < _RUNS_MAX:
             self._done.append(run)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found: one finding for each story and VM."""
         runs = [*self._done, *(run for run in self._running.values() if run.rounds >= ROUNDS)]
         groups: dict[tuple[int, str, str], list[_Run]] = {}
@@ -257,8 +260,6 @@ class Livelock:
         worst = max(runs, key=lambda run: run.rounds)
         rounds = sum(run.rounds for run in runs)
         seconds = (worst.last_ts - worst.first_ts) / 1e9
-        hva = int(worst.row.get("hva") or 0)
-        slot = worst.row.get("slot")
         return Finding(
             detector=self.name,
             verdict=verdict,
@@ -267,15 +268,15 @@ class Livelock:
             rule=self.rule,
             count=rounds,
             vms=(worst.vm,),
-            slots=(int(slot),) if slot is not None else (),
+            slots=(worst.slot,) if worst.slot is not None else (),
             # A wrong count is the VM's: where its vCPUs got stuck is only in the evidence.
-            gfns=() if worst.miscounted else ranges_of(_gfn(run) for run in runs)[0],
+            gfns=() if worst.miscounted else ranges_of(run.gfn for run in runs)[0],
             first_ts=min(run.first_ts for run in runs),
             last_ts=max(run.last_ts for run in runs),
-            where=where_of(self._recording, worst.vm, hva),
+            where=where_of(self._recording, worst.vm, worst.hva),
             functions=("kvm_mmu_invalidate_end",) if worst.miscounted else _FUNCTIONS[kind],
             innocent=tuple(_innocent(kind, worst)),
-            chain=Chain(records=self._records(worst), faults=_fault(worst)),
+            chain=Chain(records=self._records(worst), faults=(worst.fault,) if worst.fault else ()),
             detail={
                 "story": kind,
                 "rounds": {name: count for name, count in worst.kinds.items() if count},
@@ -297,13 +298,11 @@ _FUNCTIONS = {
 }
 
 
-def _gfn(run: _Run) -> int:
-    return int(run.row.get("gfn") or 0)
-
-
-def _fault(run: _Run) -> tuple[tuple[int, int], ...]:
-    fault_ts, tid = run.row.get("fault_ts"), run.row.get("tid")
-    return ((int(fault_ts), int(tid or 0)),) if fault_ts is not None else ()
+def _place(faults: Records, at: int) -> tuple[int, int, int | None, tuple[int, int] | None]:
+    """Return gfn, hva, slot and (fault_ts, tid) of a fault."""
+    gfn, hva, fault_ts, tid = (int(faults[n][at]) for n in ("gfn", "hva", "fault_ts", "tid"))
+    slot = int(faults["slot"][at]) if faults.known("slot")[at] else None
+    return gfn, hva, slot, (fault_ts, tid) if faults.known("fault_ts")[at] else None
 
 
 def _title(kind: str, run: _Run) -> str:

@@ -1,12 +1,11 @@
 """Struct pages that KVM touches though nobody, or not KVM any more, holds them.
 
-May import: `analysis`, `probes.wire`, numpy, pandas.
+May import: `analysis`, `probes.wire`, numpy.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 
 from analysis.columns import code
 from analysis.detector import Chunk
@@ -20,6 +19,7 @@ from analysis.detectors.common import (
 from analysis.detectors.puts import own_puts, prefetched_own
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.semantics import MARK_CALLS
 from analysis.text import plural
@@ -115,7 +115,7 @@ class DeadMark:
             more = [releases.key(int(rows[0]))]
             self._late.add(faults, np.unique(releases.fault[rows]), faults=True, more=more)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         found = []
         if self._marked:

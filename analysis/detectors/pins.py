@@ -1,6 +1,6 @@
 """Guest pages that KVM maps for itself: kvm_vcpu_map() with its end, and what it may map.
 
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import FRAMES, Occurrences, loss_verdict, missing_hooks, refcountable
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.text import plural
 
@@ -171,7 +171,7 @@ class Pins:
             if end is None or _apart(freed, end):
                 self._freed.add_plain(vm=key[0], gfn=key[2], pfn=key[3], keys=[opened, freed])
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         for key in list(self._frees_seen):
             self._tell_frees(key)

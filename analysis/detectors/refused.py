@@ -19,6 +19,7 @@ from analysis.detectors.common import vcpu_keys
 from analysis.explain import errno_name
 from analysis.failures import FAILED_COLUMNS, Failure, failed_faults, failures
 from analysis.findings import Chain, Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.pages import page_class
 from analysis.recording import Recording
 
@@ -109,7 +110,7 @@ class Refused:
         for at in rows[last]:
             self._alive[int(faults["vm"][at]), int(faults["vcpu"][at])] = int(faults["ts"][at])
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found, a finding for each VM, slot, mapping and reason."""
         if not len(self._failed):
             return []

@@ -6,7 +6,7 @@ whatever an INVALIDATE record says that was written before the install, held bef
 
 Which of two records was written first is sure if one cpu wrote both. The clocks of two cpus may
 differ a little: between them a distance of more than `CLOCKS_NS` is asked for.
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
 from analysis.detectors.common import NEVER, Occurrences
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.text import plural
 
@@ -168,7 +168,7 @@ class StaleInstall:
                     more = [changes.key(int(proof[bad[0]])), sptes.key(int(rows[mine][bad[0]]))]
                     seen.add(faults, at[bad], faults=True, more=more)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         found = (self._seen, "definite"), (self._close, "inconclusive")
         return [self._finding(seen, verdict) for seen, verdict in found if seen]

@@ -6,7 +6,7 @@ kvm_arch_commit_memory_region() writes the SLOT record. In all recordings of 6.1
 nothing of a slot was mapped at that record, nor mapped before the slot's own first record, even
 with a vCPU that faults while slots come and go. A leaf in a page table that stands for other guest
 frames than the fault's is `gfn-outside`'s, whatever slot those frames are in.
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, numpy.
 """
 
 import functools
@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
@@ -84,10 +83,10 @@ class StaleSlot:
         space = self._spaces.of(lives["vm"], lives["as_id"])
         self._take(lives, self._log.step(lives.guest(space), self._events(ended)))
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         self._settle()
-        rest = LifeArrays(open_lives)
+        rest = open_lives
         space = self._spaces.of(rest["vm"], rest["as_id"])
         self._take(rest, self._log.rest(rest.guest(space)))
         found = [self._left_finding(why, left) for why, left in self._left.items() if left]

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
@@ -85,9 +84,9 @@ class TwoLeaves:
             self._over["lost"].add(lives, over[shaky], lives["death_ts"][over[shaky]])
             self._over[""].add(lives, over[~shaky], lives["death_ts"][over[~shaky]])
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
-        rest = LifeArrays(open_lives)
+        rest = open_lives
         space = self._spaces.of(rest["vm"], rest["as_id"])
         self._take(rest, self._log.rest(rest.guest(space)))
         found = [self._stale_finding(why, lives) for why, lives in self._stale.items() if lives]
@@ -188,7 +187,7 @@ class LeafReplaced:
             moved = (sptes["old"][at] ^ sptes["new"][at]) & _FRAME_MASK
             self._found.add(sptes, at[moved != 0], faults=True)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found; one record alone proves it, whatever else was lost."""
         if not self._found:
             return []

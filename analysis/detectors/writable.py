@@ -6,7 +6,7 @@ recordings of 6.1, 6.12 and 7.3 every leaf of a fault has the host-writable bit 
 FAULT.writable, zero pages are mapped read-only, and check_spte_writable_invariants() holds for
 every SPTE. The fast path of page faults has no fault-in, so FAULT.writable says nothing there; the
 bit is only ever set again where host-writable stayed. A fault whose return of fault-in was missed
-(t_faultin_end is null) says nothing either. May import: `analysis`, `probes.wire`, numpy, pandas.
+(t_faultin_end is null) says nothing either. May import: `analysis`, `probes.wire`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
@@ -22,6 +21,7 @@ from analysis.detectors.common import NEVER, Occurrences, where_of
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.framelog import Spaces
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.slotmap import GUEST_MEMFD, SLOT_COLUMNS, SlotMap
 from probes.wire import PAGE_BITS
@@ -177,7 +177,7 @@ class WritableOverReadOnly:
                 self._found["slot"].add(sptes, at, faults=True, more=(slot.key,))
                 self._remember("slot", sptes, at)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         return [self._finding(what, found) for what, found in self._found.items() if found]
 

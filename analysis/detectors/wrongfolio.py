@@ -1,17 +1,17 @@
 """References taken on one folio and given back on another.
 
-May import: `analysis`, numpy, pandas.
+May import: `analysis`, numpy.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 
 from analysis.detector import Chunk
 from analysis.detectors.common import Occurrences, loss_verdict, missing_hooks
 from analysis.detectors.puts import judged_faults, only_strangers, own_puts
 from analysis.findings import Finding, Innocent
+from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
 from analysis.text import plural
 
@@ -56,7 +56,7 @@ class WrongFolio:
         astray &= only_strangers(join, other)
         self._seen.add(join.records, np.flatnonzero(astray), faults=True)
 
-    def finish(self, open_lives: pd.DataFrame) -> list[Finding]:
+    def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         if not self._seen:
             return []
