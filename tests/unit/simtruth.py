@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -96,10 +97,15 @@ def differences(outcome: Outcome) -> list[str]:
     """Return what the reconstructed lives and the ledger disagree about."""
     truth = pq.ParquetFile(outcome.truth["lives"]).read(list(COLUMNS), use_threads=False)
     truth = truth.sort_by([(name, "ascending") for name in _KEYS])
-    got = lives_of(outcome.trace).sort_values(list(_KEYS), ignore_index=True)
+    got = lives_of(outcome.trace)
     if len(got) != len(truth):
         return [f"{len(got)} lives, truth has {len(truth)}"]
-    ours = pa.Table.from_pandas(got[list(COLUMNS)], truth.schema, preserve_index=False)
+    # Not Table.from_pandas(), most of which describes the DataFrame for who wants it back.
+    columns = [pa.array(got[name], truth.schema.field(name).type, from_pandas=True)
+               for name in COLUMNS]  # fmt: skip
+    keys = [got[name].to_numpy(np.uint64, na_value=(1 << 64) - 1) for name in reversed(_KEYS)]
+    order = np.lexsort(keys)
+    ours = pa.table(columns, names=list(COLUMNS)).take(pa.array(order))
     told = []
     for name in COLUMNS:
         if not ours[name].equals(truth[name]):
