@@ -28,7 +28,7 @@ from analysis.stream import PIECE_ROWS, Piece, pieces
 from analysis.text import plural
 from probes.errors import UsageError
 from tracer.schema import RECORD_KINDS
-from tracer.tracefile import TraceReader, recordings
+from tracer.tracefile import TraceReader, opened, recordings
 
 __all__ = ("CheckResult", "check_trace", "chosen")
 
@@ -91,7 +91,7 @@ def chosen(names: Sequence[str] | None) -> tuple[type[Detector], ...]:
 
 
 def check_trace(
-    path: Path,
+    trace: Path | TraceReader,
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
     *,
@@ -99,16 +99,16 @@ def check_trace(
 ) -> CheckResult:
     """Ask detectors (all if `names` is None) about a trace, `rows_max` records at a time.
 
-    Each recording of a merged trace is checked alone. Raises UsageError for an unknown name,
-    TraceFormatError if the file is not a trace; one that is cut or damaged is checked as far as it
-    is intact.
+    `trace` is a file, or one that is open and stays so. Each recording of a merged trace is checked
+    alone. Raises UsageError for an unknown name, TraceFormatError if the file is not a trace; one
+    that is cut or damaged is checked as far as it is intact.
     """
     asked = chosen(names)
-    with TraceReader(path) as reader:
+    with opened(trace) as reader:
         parts = list(recordings(reader))
         steps = _Steps(progress, len(parts))
         answers = [_check(part, asked, steps, rows_max) for part in parts]
-        info, start_ns = reader.info(), reader.meta.start_monotonic_ns
+        info, path, start_ns = reader.info(), reader.path, reader.meta.start_monotonic_ns
     unable = list(_unable(answers))
     if len(answers) > 1:
         answers = [answer.named() for answer in answers]

@@ -42,7 +42,7 @@ from analysis.lifestore import LIFE, NONE, Array, OpenLives, places
 from analysis.lifetable import STEP, LifeTable
 from analysis.lifewalk import LATE_NS, UNDECIDED, ZAP
 from analysis.tables import DTYPES
-from tracer.tracefile import TraceReader, recordings
+from tracer.tracefile import TraceReader, opened, recordings
 
 __all__ = ("SPTE_COLUMNS", "LifeBuilder", "LifeContext", "iter_lives", "lives_of")
 
@@ -399,10 +399,10 @@ def _chunks(reader: TraceReader, rows: int) -> Iterator[Records]:
     yield Records("SPTE", waiting)
 
 
-def lives_of(path: Path) -> pd.DataFrame:
-    """Return all lives of a trace: the table `lives`, in order of life_id.
+def lives_of(trace: Path | TraceReader) -> pd.DataFrame:
+    """Return all lives of a trace, a file or an open one: the table `lives`, in order of life_id.
 
     Raises TraceFormatError if the file is not a trace.
     """
-    with TraceReader(path) as reader:
+    with opened(trace) as reader:
         return _in_order(list(iter_lives(reader, chunk_rows=_WHOLE_ROWS)))

@@ -39,9 +39,23 @@ A merged trace has several recordings in it: `recordings` (`tracer.traceview`) g
 May import: these and `tracer.tracemeta`.
 """
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 from tracer.tracemeta import TraceMeta
 from tracer.tracereader import TraceReader
 from tracer.traceview import recordings
 from tracer.tracewriter import TraceWriter
 
-__all__ = ("TraceMeta", "TraceReader", "TraceWriter", "recordings")
+__all__ = ("TraceMeta", "TraceReader", "TraceWriter", "opened", "recordings")
+
+
+@contextlib.contextmanager
+def opened(trace: Path | TraceReader) -> Iterator[TraceReader]:
+    """Give a reader of a trace: one that is open stays open, a file is closed afterwards."""
+    if isinstance(trace, TraceReader):
+        yield trace
+    else:
+        with TraceReader(trace) as reader:
+            yield reader

@@ -10,6 +10,7 @@ With FOLDER what each seed said is kept there, and a soak that was interrupted g
 as long as neither the model nor what judges it has changed.
 """
 
+import gc
 import hashlib
 import pickle
 import sys
@@ -31,6 +32,7 @@ from tracer.simulator.hostile import HOSTILE  # noqa: E402
 from tracer.simulator.kernels import KERNELS  # noqa: E402
 from tracer.simulator.scenario import names  # noqa: E402
 from tracer.simulator.simulate import Knobs, simulate  # noqa: E402
+from tracer.tracefile import TraceReader  # noqa: E402
 
 #: Enough for most bugs to strike, and for a run in less than 0.1 s.
 _MEM = 2 << 20
@@ -82,8 +84,9 @@ def one(job: Job) -> Run:
     """Simulate once and ask everybody."""
     with tempfile.TemporaryDirectory() as folder:
         outcome = simulate(knobs_of(job), Path(folder) / "soak.pfnt", version="soak")
-        verdict = judge(outcome, exact=not job[2])
-        unequal = () if job[2] else tuple(differences(outcome))
+        with TraceReader(outcome.trace) as trace:
+            verdict = judge(outcome, trace, exact=not job[2])
+            unequal = () if job[2] else tuple(differences(outcome, trace))
     return Run(job, outcome.planted, verdict, unequal)
 
 
@@ -128,14 +131,14 @@ def main(seeds: int, output: str = "", minutes: str = "", folder: str = "") -> i
         print(why, file=sys.stderr)
         return 1
     table, kept, began = Table(), Kept(folder), time.monotonic()
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, initializer=gc.freeze) as pool:
         for seed in range(1, seeds + 1):
             if minutes and time.monotonic() - began > 60 * float(minutes):
                 print(f"stopped after {minutes} minutes", file=sys.stderr)
                 break
             runs = kept.get(seed)
             if runs is None:
-                runs = list(pool.map(one, list(jobs_of(seed)), chunksize=4))
+                runs = list(pool.map(one, list(jobs_of(seed)), chunksize=2))
                 kept.put(seed, runs)
             for run in runs:
                 for complaint in table.add(run):

@@ -12,6 +12,7 @@ from analysis.check import CheckResult, check_trace
 from analysis.findings import Finding
 from analysis.lives import lives_of
 from tracer.simulator.simulate import Outcome
+from tracer.tracefile import TraceReader
 
 __all__ = (
     "COLUMNS", "CONSEQUENCES", "FINDS", "STORIES", "Verdict", "differences", "judge",
@@ -93,11 +94,11 @@ class Verdict:
     pages: dict[tuple[str, str], tuple[int, int]]
 
 
-def differences(outcome: Outcome) -> list[str]:
-    """Return what the reconstructed lives and the ledger disagree about."""
+def differences(outcome: Outcome, trace: TraceReader | None = None) -> list[str]:
+    """Return what the reconstructed lives and the ledger disagree about; `trace` may be open."""
     truth = pq.ParquetFile(outcome.truth["lives"]).read(list(COLUMNS), use_threads=False)
     truth = truth.sort_by([(name, "ascending") for name in _KEYS])
-    got = lives_of(outcome.trace)
+    got = lives_of(trace or outcome.trace)
     if len(got) != len(truth):
         return [f"{len(got)} lives, truth has {len(truth)}"]
     # Not Table.from_pandas(), most of which describes the DataFrame for who wants it back.
@@ -176,13 +177,13 @@ def told_stories(result: CheckResult) -> set[tuple[str, str]]:
     return {_story(one) for one in result.findings if one.detector == "livelock"}
 
 
-def judge(outcome: Outcome, *, exact: bool = True) -> Verdict:
+def judge(outcome: Outcome, trace: TraceReader | None = None, *, exact: bool = True) -> Verdict:
     """Ask the checks, and compare with what was planted: which bugs, and on which pages.
 
-    Unless `exact`, a right finding may name other pages too: where records were lost, a page whose
-    put was lost cannot be told from one that was never put.
+    `trace` may be open. Unless `exact`, a right finding may name other pages too: where records
+    were lost, a page whose put was lost cannot be told from one that was never put.
     """
-    truth, result = _Truth(outcome), check_trace(outcome.trace)
+    truth, result = _Truth(outcome), check_trace(trace or outcome.trace)
     hosts = {STORIES[bug] for bug in outcome.planted if bug in STORIES}
     heard = [
         one for one in result.findings
