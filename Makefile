@@ -130,6 +130,8 @@ bench: .venv/.installed ## what recording costs: alone, under pfntrace, under tr
 	@$(BIN)/python tests/bench/check.py --records $(RECORDS)
 	@$(call say,bench: lifetimes of SPTE records in memory, beside DuckDB)
 	@$(BIN)/python tests/bench/lifetimes.py
+	@$(call say,bench: records that the simulator makes$(comma) compiled and not)
+	@$(BIN)/python tests/bench/simulate.py
 
 facts: .venv/.installed ## capture tests/unit/facts/*.json anew from the lab's kernels
 	@$(call say,facts: observing each kernel of the lab)
