@@ -254,5 +254,10 @@ class Pins:
 
 
 def _apart(first: tuple[str, int, int, int], then: tuple[str, int, int, int]) -> bool:
-    """Tell whether a record, (kind, ts, cpu, seq), surely came before another."""
-    return first[2] == then[2] or then[1] - first[1] >= _APART_NS
+    """Tell whether a record, (kind, ts, cpu, seq), surely came before another.
+
+    A cpu numbers its records; one that was interrupted may have its time from before or after.
+    """
+    if first[2] == then[2]:
+        return 0 < then[3] - first[3] & 0xFFFFFFFF < 1 << 31
+    return then[1] - first[1] >= _APART_NS

@@ -90,6 +90,19 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path, scenario):
         assert judge(made.outcome).told == ()
 
 
+def test_who_takes_half_of_a_large_mapping_back_invalidates_all_of_it(tmp_path):
+    # Given memory of 2M mappings without compound pages, which the host takes back while a vCPU
+    # faults (seed 112 of the soak: an invalidation of parts of two, a fault beside it in one)
+    made = make(tmp_path, scenario="dax", bugs=("put_on_wrong_folio",), seed=112, vcpus=1,
+                mem_bytes=2 << 20, mmu="tdp")  # fmt: skip
+
+    # Then every invalidation is of whole ones, and no leaf is said to have outlived one
+    rows = [row for row in made.rows() if row["kind"] == "INVALIDATE"]
+    sizes = {row["hva_end"] - row["hva"] for row in rows}
+    assert sizes == {2 << 20}
+    assert judge(made.outcome).told == ()
+
+
 @pytest.mark.parametrize("how", HOSTILE)
 def test_records_that_suffer_accuse_nobody(tmp_path, how):
     # Given a sane kernel whose recording was hurt

@@ -29,6 +29,9 @@ _MARK_DIRTY: Final = CALL["mark_dirty"]
 _LOG_DIRTY: Final = 1
 #: How long a look at a page takes that leads to nothing.
 _LOOK_NS: Final = 2000
+#: 4K pages in a mapping of 2M. Who takes a piece of one back splits it first, and the notifier
+#: hears of all of it (__split_huge_pmd(), mm/huge_memory.c), before a fault may map it again.
+_LARGE: Final = 512
 #: Pages of one madvise() or of one shrinker's round.
 _PAGES: Final = 64
 
@@ -118,8 +121,8 @@ def discard(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) 
             return
         mapping = slot.mapping
         first = world.dice.below(max(1, mapping.npages - count))
-        if mapping.kind.compound:  # whole ones: the host does not split them here
-            block = 1 << mapping.kind.order
+        if mapping.kind.level > 1:  # whole ones: the host does not split them here
+            block = max(1 << mapping.kind.order, _LARGE)
             first, count = first & -block, max(block, count & -block)
         event = str(args.get("event", "clear"))
         yield from discard_range(world, vm, task, mapping, first, count, event)
