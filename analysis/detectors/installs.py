@@ -122,16 +122,15 @@ class _Rows:
 def _among(rows: Mapping[str, npt.NDArray[Any]], join: FaultJoin) -> npt.NDArray[np.bool_]:
     """Tell which rows are joined with their fault; both are in order of time."""
     ts, cpu = join.sptes["ts"], join.sptes["cpu"]
-    found = np.zeros(len(rows["ts"]), np.bool_)
     if not len(ts):
-        return found
-    at = np.searchsorted(ts, rows["ts"])
-    # CPUs may write in the same nanosecond; four of them rarely do.
-    for _ in range(4):
-        place = np.minimum(at, len(ts) - 1)
-        found |= (ts[place] == rows["ts"]) & (cpu[place] == rows["cpu"])
-        at = at + 1
-    return found
+        return np.zeros(len(rows["ts"]), np.bool_)
+    # Many cpus may write in the same nanosecond: each moment has a number, each cpu a place in it.
+    new = np.concatenate([[True], ts[1:] != ts[:-1]])
+    moments = ts[new]
+    at = np.minimum(np.searchsorted(moments, rows["ts"]), len(moments) - 1)
+    joined = (np.cumsum(new) - 1 << 16) + cpu.astype(np.int64)
+    found = np.isin((at << 16) + rows["cpu"].astype(np.int64), joined)
+    return np.asarray(found & (moments[at] == rows["ts"]), np.bool_)
 
 
 class InstallWithoutFaultIn:

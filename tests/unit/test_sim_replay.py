@@ -233,10 +233,30 @@ def test_a_bug_is_a_divergence_and_both_sides_are_told(tmp_path, bug, scenario, 
     assert found["first_divergence"]["expected"] == answer.expected
 
 
-def test_the_ragged_end_of_a_killed_recording_is_not_judged(tmp_path):
+def test_the_ragged_end_of_a_killed_recording_is_not_judged_and_does_not_conform(tmp_path):
     made = make(tmp_path, scenario="balloon", hostile=("truncate",))
     answer = conform(made.path)
-    assert answer.conforms and answer.unjudged == answer.records
+    assert answer.unjudged == answer.records and answer.divergence is None
+    assert not answer.conforms and not answer.to_json()["conforms"]
+    told = list(replay_lines(answer))
+    assert told[0] == f"stops early: 0 of {answer.records:,} records explained, none wrong"
+    assert max(map(len, told)) <= 80
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.8, 0.999])
+def test_a_recording_that_was_cut_does_not_conform_wherever_that_was(tmp_path, share):
+    # Given a sound recording of which the end is missing
+    made = make(tmp_path, scenario="demand", mem_bytes=8 << 20)
+    assert conform(made.path).conforms
+    data = made.path.read_bytes()
+    cut = tmp_path / "cut.pfnt"
+    cut.write_bytes(data[: int(len(data) * share)])
+
+    # Then a replay of it fails, and accuses nobody
+    answer = conform(cut)
+    assert not answer.conforms and answer.divergence is None
+    assert answer.explained + answer.unjudged == answer.records
+    assert next(replay_lines(answer)).startswith("stops early: ")
 
 
 @pytest.mark.parametrize("count", [1, 0])

@@ -25,6 +25,10 @@ __all__ = ("Conformance", "conform", "kernel_of", "replay_lines")
 
 #: The recorder writes every half second, and a batch of each kind by itself.
 _RAGGED_NS = 600_000_000
+_NO_END = (
+    "The recording has no end: its recorder was killed, or the file was cut. There some kinds of "
+    "records are missing, and nothing can be said of the rest. Replay one that is complete."
+)
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 #: Told (records so far, of all).
 Progress = Callable[[int, int], None]
@@ -43,7 +47,7 @@ class Conformance:
     kernel: str
     records: int
     explained: int
-    #: records at the ragged end of an incomplete trace
+    #: records at the ragged end of an incomplete trace, where the replay stops
     unjudged: int = 0
     divergence: dict[str, Any] | None = None
     expected: str = ""
@@ -53,8 +57,8 @@ class Conformance:
 
     @property
     def conforms(self) -> bool:
-        """Was every record explained?"""
-        return self.divergence is None and self.explained + self.unjudged == self.records
+        """Was every record explained, and is there one?"""
+        return self.divergence is None and self.explained == self.records > 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, what `pfntrace replay --json` prints."""
@@ -109,7 +113,8 @@ def conform(
     of the series says?". A kernel that was mailed with a bug ("v9-mailed", or "v8" without TDP)
     explains its own bug when it is named.
 
-    The answer's `conforms` is true if every record is explained. Otherwise `divergence` is the
+    The answer's `conforms` is true if every record is explained. It is false, without a
+    `divergence`, of an incomplete trace, whose end cannot be judged. Otherwise `divergence` is the
     first wrong record (a dict of its columns: kind, gfn, pfn, ...), `explained + 1` its number in
     the order of time, and `expected` what the model expected in its place, in words.
 
@@ -266,8 +271,10 @@ def replay_lines(answer: Conformance, width: int = 80) -> Iterator[str]:
     model = KERNELS[answer.kernel]
     if answer.conforms:
         yield f"conforms: {answer.explained:,} of {answer.records:,} records explained"
-        if answer.unjudged:
-            yield f"  {answer.unjudged:,} at the end are not judged: the recorder was killed"
+    elif answer.divergence is None:
+        number, records = answer.explained, answer.records
+        yield f"stops early: {number:,} of {records:,} records explained, none wrong"
+        yield from _wrapped("  ", _NO_END, width)
     else:
         number = answer.explained + 1
         yield (
