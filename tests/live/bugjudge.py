@@ -240,6 +240,8 @@ def judge_replay(row: Row, truth: Truth | None, said: Mapping[str, Any]) -> tupl
     if said["conforms"]:
         return f"conforms to {said['kernel']}", row.replays is not False
     divergence = said["first_divergence"]
+    if divergence is None:
+        return "stops early: the recording has no end", False
     first, expected = divergence["record"], divergence["expected"]
     what = first.get("op") or first.get("call") or first.get("result") or ""
     record = f"{first['kind']} {what}".strip()

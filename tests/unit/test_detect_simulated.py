@@ -1,5 +1,7 @@
 """Sane kernels that look guilty, and guilty ones that hide: stories that the simulator told."""
 
+from collections import Counter
+
 import pytest
 from unit.simkit import make
 from unit.tracekit import SHIPPED, only, told
@@ -38,6 +40,15 @@ def test_a_record_that_is_there_twice_is_taken_once(tmp_path):
     # AND pieces of any length leave out the same
     small = check_trace(made.outcome.trace, rows_max=7)
     assert small.duplicates == result.duplicates
+
+
+def test_many_cpus_may_install_in_the_same_nanosecond(tmp_path):
+    # GIVEN a sane kernel and 64 vCPUs, nine of which write a record at the same time
+    made = make(tmp_path, scenario="nested", mmu="tdp", vcpus=64, mem_bytes=6 << 20, seed=8)
+    moments = Counter(row["ts"] for row in made.rows() if row["kind"] == "SPTE")
+    assert max(moments.values()) == 9
+    # THEN each install is joined with its fault, and nobody is accused
+    assert accused(made.outcome.trace) == []
 
 
 def test_a_recorders_own_trace_has_nothing_twice():
