@@ -81,6 +81,19 @@ class _Run:
         """The story that most rounds tell."""
         return max(_KINDS, key=lambda name: self.kinds[name])
 
+    def weigh(self, idle_ts: int, *, maps_signed: bool) -> None:
+        """Take back what other records of the VM disprove.
+
+        `idle_ts` is when nothing was in progress last (ns, 0 if never): invalidations that do end
+        are a storm. A fault that was mapped with bit 31 set (`maps_signed`) was compared rightly.
+        """
+        stuck = self.last_ts - STUCK_NS
+        if self.first_ts <= stuck < idle_ts and not self.ended and not self.miscounted:
+            self.kinds["storm"] += self.kinds["unpaired"]
+            self.kinds["unpaired"] = 0
+        if maps_signed:
+            self.signed = 0
+
 
 class Livelock:
     """Detector 11: a fault that is retried for ever, and its look-alikes."""
@@ -110,6 +123,9 @@ class Livelock:
         self._end = 0
         self._counts = Miscounted()
         self._gone: set[int] = set()
+        #: VM -> when nothing was in progress last; VMs with a mapped fault of which bit 31 was set
+        self._idle: dict[int, int] = {}
+        self._maps_signed: set[int] = set()
 
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
@@ -130,6 +146,10 @@ class Livelock:
         self._counts.feed(chunk["INVALIDATE"])
         self._gone |= set(vms["vm"][vms["op"] == code("op", "delete")].tolist())
         self._end = max(self._end, chunk.ts_to)
+        for records in (faults, chunk["INVALIDATE"]):
+            self._rests(records)
+        good = (faults["mmu_seq"] >= _SIGN) & (faults["sptes"] > 0)
+        self._maps_signed |= set(faults["vm"][good].tolist())
         again = (faults["ret"] == self._retry) & (faults["sptes"] == 0) & ~faults["prefetch"]
         if not again.any() and not self._running:
             return
@@ -149,6 +169,13 @@ class Livelock:
         worth = again[order[begins]] | self._of_running(faults, order[begins])
         for begin, end in zip(begins[worth], ends[worth], strict=True):
             self._take(faults, order[begin:end], bool(again[order[begin]]), stories)
+
+    def _rests(self, records: Records) -> None:
+        """See when nothing was in progress in a VM."""
+        idle = records["in_progress"] == 0
+        vms, times = records["vm"][idle], records["ts"][idle]
+        for vm in np.unique(vms).tolist():
+            self._idle[vm] = max(self._idle.get(vm, 0), int(times[vms == vm].max()))
 
     def _of_running(self, faults: Records, at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Tell which faults are of a vCPU that was in a run, and may end it."""
@@ -221,6 +248,7 @@ class Livelock:
         groups: dict[tuple[int, str, str], list[_Run]] = {}
         for run in runs:
             run.miscounted = self._miscounted(run)
+            run.weigh(self._idle.get(run.vm, 0), maps_signed=run.vm in self._maps_signed)
             if self._verdict(run) in VERDICTS[2:] and run.last_ts - run.first_ts < LONG_NS:
                 continue
             groups.setdefault((run.vm, run.kind, self._verdict(run)), []).append(run)

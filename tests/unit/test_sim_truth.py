@@ -90,6 +90,46 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path, scenario):
         assert judge(made.outcome).told == ()
 
 
+def test_a_fault_that_is_mapped_with_bit_31_set_clears_the_comparison(tmp_path):
+    # Given a sequence past bit 31, an obsolete root of some vCPUs, and faults of others that map
+    made = make(tmp_path, kernel="6.13", scenario="livelock", bugs=("obsolete_root",), vcpus=3,
+                mem_bytes=4 << 20, seed=4)  # fmt: skip
+    assert any(
+        row["sptes"] and row["mmu_seq"] >> 31 for row in made.rows() if row["kind"] == "FAULT"
+    )
+
+    # Then nobody says that the sequence is compared as a negative number
+    verdict = judge(made.outcome)
+    assert verdict.told == () and verdict.missed == ()
+    found = [one for one in check_trace(made.path).findings if one.detector == "livelock"]
+    assert found and not any(one.detail["signed"] for one in found)
+
+
+def test_invalidations_that_end_are_not_said_to_be_without_end(tmp_path):
+    # Given vCPUs whose root is obsolete for ever, in a storm: most of their rounds meet an
+    # invalidation in progress, but between two nothing is
+    made = make(tmp_path, kernel="6.13", scenario="storm", bugs=("obsolete_root",), vcpus=8,
+                mem_bytes=2 << 20, seed=7706)  # fmt: skip
+    told = told_stories(check_trace(made.path))
+    assert told and ("unpaired", "probable") not in told
+
+
+@pytest.mark.parametrize("mmu", ["tdp", "shadow"])
+@pytest.mark.parametrize(
+    ("bug", "scenario", "more"),
+    [("stale_slot", "slots", {"vcpus": 4, "seed": 3}), ("wrong_gfn", "demand", {"faults": 6000})],
+)
+def test_what_a_bug_leads_to_is_planted_where_it_is(tmp_path, mmu, bug, scenario, more):
+    # Given a slot that is gone, around which nothing may be prefetched any more; or a wrong leaf
+    # in a page table, which the same fault would make again
+    made = make(tmp_path, kernel="6.12", scenario=scenario, bugs=(bug,), mmu=mmu,
+                mem_bytes=4 << 20, **more)  # fmt: skip
+    # Then the truth has each of its pages
+    assert differences(made.outcome) == []
+    verdict = judge(made.outcome)
+    assert verdict.told == () and verdict.missed == ()
+
+
 def test_who_takes_half_of_a_large_mapping_back_invalidates_all_of_it(tmp_path):
     # Given memory of 2M mappings without compound pages, which the host takes back while a vCPU
     # faults (seed 112 of the soak: an invalidation of parts of two, a fault beside it in one)

@@ -453,7 +453,8 @@ class Vcpu(Putting):
             self._plant("double_install", fault, fault.pfn)
         elif world.strikes("wrong_gfn"):
             other = key + 512 * 1024
-            if vm.slot_at(other) is None:
+            # Not over a leaf that it made before: that would be another bug.
+            if other not in vm.root.leaves and vm.slot_at(other & ((1 << ALIAS) - 1)) is None:
                 task.now += 700
                 vm.install(task, task.now, other, level, fault.pfn, fault.page, spte, slot, _FAULT)
                 self._plant("wrong_gfn", fault, fault.pfn)
@@ -463,6 +464,8 @@ class Vcpu(Putting):
         world, vm, task, kernel = self.world, self.vm, self.task, self.world.kernel
         if slot.dirty_log or slot.mapping.kind.driver or vm.in_progress:
             return  # "If addresses are being invalidated, skip prefetching", direct_pte_prefetch()
+        if vm.slots.get(slot.id) is not slot:
+            return  # it looks for the slot itself, gfn_to_memslot_dirty_bitmap(), and it is gone
         leaves, pages = vm.root.leaves, slot.mapping.pages
         for near in range(key & ~7, (key & ~7) + 8):
             gfn = near & ((1 << ALIAS) - 1)
