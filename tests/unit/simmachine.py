@@ -13,6 +13,7 @@ from analysis.lives import LifeBuilder, LifeContext
 from tracer.columns import ColumnMaker
 from tracer.simulator.clock import START_NS, Dice, Story, Task, Turns
 from tracer.simulator.fault import Vcpu
+from tracer.simulator.grammar import step_of
 from tracer.simulator.host import KINDS, Host, Mapping
 from tracer.simulator.kernels import KERNELS
 from tracer.simulator.ledger import BIRTH, LIVES, Ledger
@@ -124,7 +125,8 @@ class Bench:
         self.told.append(f"host({verb!r}, {slot}{given})")
         found = self.vm.slots.get(slot)
         if found is not None:
-            self._turns.start(self._hosting(verb, found, dict(args)), self._tasks[1].now)
+            step = step_of(verb, **args)
+            self._turns.start(self._hosting(verb, found, step), self._tasks[1].now)
 
     def _hosting(self, verb: str, slot: Slot, args: dict[str, Any]) -> Story:
         task = self._tasks[1]

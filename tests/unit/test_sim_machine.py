@@ -56,7 +56,8 @@ class Machine(RuleBasedStateMachine):
     )
     def invalidate(self, accesses, verb, slot, pages, times):
         self.meanwhile(accesses)
-        self.bench.host(verb, self.slot(slot), pages=pages, times=times, every_us=7)
+        some = {"pages": pages} if verb in ("discard", "age") else {}
+        self.bench.host(verb, self.slot(slot), times=times, every_us=7, **some)
         self.bench.run()
 
     @rule(accesses=ACCESSES, slot=st.integers(0, 1), rounds=st.integers(0, 2))

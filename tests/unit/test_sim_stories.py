@@ -29,7 +29,10 @@ def steps(draw, names, verbs):
     """Draw what another thread does to one memory."""
     verb = draw(st.sampled_from(verbs))
     step = {"do": verb, "memory": draw(st.sampled_from(names))}
-    step["every_us"] = draw(st.integers(5, 400))
+    every_us = draw(st.integers(5, 400))
+    if verb == "sleep":
+        return step | {"us": every_us}
+    step["every_us"] = every_us
     if verb in ("discard", "age"):
         step["pages"] = draw(st.sampled_from([1, 7, 64, 512]))
     if verb == "dirty_log":

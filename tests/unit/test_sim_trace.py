@@ -58,16 +58,16 @@ def test_knobs_that_make_no_sense_are_refused_in_one_line(tmp_path, knobs, says)
     ("text", "says"),
     [
         ("title = 'x'", "lacks 'memory'"),
-        ("title = 'x'\nmemory = 3\nphase = []", "not a scenario"),
+        ("title = 'x'\nmemory = 3\nphase = []", "memory = 3; write an array"),
         ("title = [", "not a scenario"),
         (
             "title = 'x'\n[[memory]]\nname='a'\nkind='soft'\ngfn=1\nshare=1.0\n[[phase]]\n",
-            "no kind of memory 'soft'",
+            "kind = 'soft'; write one of anon",
         ),
         (
             "title='x'\n[[memory]]\nname='a'\nkind='anon'\ngfn=1\nshare=1.0\n"
             "[[phase]]\nhost=[{do='dance', memory='a'}]\n",
-            "no verb 'dance'",
+            "do = 'dance'; write one of discard",
         ),
         (
             "title='x'\n[[memory]]\nname='a'\nkind='anon'\ngfn=1\nshare=1.0\n"

@@ -1,6 +1,7 @@
 """What the VMM and the rest of the host do to a VM while its vCPUs run: one function a verb.
 
-The verbs are those of scenario files. Each is a story: it yields when somebody else may come in.
+The verbs are those of scenario files; `args` has all that `grammar.VERBS` names for one. Each is
+a story: it yields when somebody else may come in.
 May import: standard library, `tracer.simulator`.
 """
 
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from tracer.simulator.clock import Story, Task
+from tracer.simulator.grammar import MOVE_GAP
 from tracer.simulator.host import Host, Mapping, Page
 from tracer.simulator.hostfault import populate
 from tracer.simulator.invalidate import end, start
@@ -32,8 +34,8 @@ _LOOK_NS: Final = 2000
 #: 4K pages in a mapping of 2M. Who takes a piece of one back splits it first, and the notifier
 #: hears of all of it (__split_huge_pmd(), mm/huge_memory.c), before a fault may map it again.
 _LARGE: Final = 512
-#: Pages of one madvise() or of one shrinker's round.
-_PAGES: Final = 64
+#: Pages of one madvise() of many.
+_PIECE: Final = 512
 
 
 def create_vm(world: World, vm: Vm, task: Task) -> None:
@@ -63,13 +65,18 @@ def _slot(world: World, vm: Vm, task: Task, slot: Slot, op: str) -> None:
     )  # fmt: skip
 
 
-def _rounds(world: World, args: dict[str, Any], default: int) -> Iterator[int]:
+def _rounds(world: World, args: dict[str, Any]) -> Iterator[int]:
     """Count `times`, or as long as vCPUs are busy if that is "busy"."""
-    times = args.get("times", default)
+    times = args["times"]
     number = 0
-    while world.touching > 0 if times == "busy" else number < int(times):
+    while world.touching > 0 if times == "busy" else number < times:
         yield number
         number += 1
+
+
+def _count(args: dict[str, Any], npages: int) -> int:
+    """Return how many `pages` of memory that has so many."""
+    return npages if args["pages"] == "all" else min(npages, args["pages"])
 
 
 # --- memory that goes away ------------------------------------------------------------------------
@@ -85,7 +92,10 @@ def discard_range(
     yield from start(world, vm, task, low, high, event)
     gone: list[Page] = []
     indices = range(first, first + count)
-    there = [index for index in indices if index in mapping.pages]
+    if count > len(mapping.pages):
+        there = sorted(index for index in mapping.pages if index in indices)
+    else:
+        there = [index for index in indices if index in mapping.pages]
     for index in there:
         entry = mapping.pages.get(index)
         if entry is None:  # a piece of a large one that has gone
@@ -115,25 +125,30 @@ def discard_range(
 
 def discard(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """discard: free ranges of guest memory at random places (ballooning, page reporting)."""
-    count = int(args.get("pages", _PAGES))
-    for _ in _rounds(world, args, 1):
+    mapping = slot.mapping
+    if args["pages"] == "all":
+        # By pieces: a whole slot at once is more than one madvise() frees under one lock.
+        for first in range(0, mapping.npages, _PIECE):
+            count = min(_PIECE, mapping.npages - first)
+            yield from discard_range(world, vm, task, mapping, first, count)
+        return
+    count = _count(args, mapping.npages)
+    for _ in _rounds(world, args):
         if slot.id not in vm.slots:
             return
-        mapping = slot.mapping
         first = world.dice.below(max(1, mapping.npages - count))
         if mapping.kind.level > 1:  # whole ones: the host does not split them here
             block = max(1 << mapping.kind.order, _LARGE)
             first, count = first & -block, max(block, count & -block)
-        event = str(args.get("event", "clear"))
-        yield from discard_range(world, vm, task, mapping, first, count, event)
-        task.now += int(args.get("every_us", 200)) * 1000
+        yield from discard_range(world, vm, task, mapping, first, count, args["event"])
+        task.now += args["every_us"] * 1000
 
 
 def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """merge: KSM replaces pages by one shared, read-only page; writes copy it again."""
     mapping, host = slot.mapping, world.host
     shared: Page | None = None
-    for _ in _rounds(world, args, 32):
+    for _ in _rounds(world, args):
         index = world.dice.below(mapping.npages)
         entry = mapping.pages.get(index)
         if entry is None or not entry[2] or entry[0].order or slot.id not in vm.slots:
@@ -157,17 +172,17 @@ def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
                 yield task.now
             page.mapcount -= 1
             host.put(task, page)
-        task.now += int(args.get("every_us", 100)) * 1000
+        task.now += args["every_us"] * 1000
 
 
 def storm(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """storm: invalidations of the same range, one after another (NUMA balancing, KSM)."""
     mapping = slot.mapping
-    for _ in _rounds(world, args, 100):
+    for _ in _rounds(world, args):
         low, high = mapping.hva, mapping.hva + (mapping.npages << 12)
         yield from start(world, vm, task, low, high, "protection_page")
         yield from end(world, vm, task, low, high, "protection_page")
-        task.now += int(args.get("every_us", 40)) * 1000
+        task.now += args["every_us"] * 1000
 
 
 # --- looking at memory ----------------------------------------------------------------------------
@@ -175,8 +190,8 @@ def storm(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
 
 def age(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """age: clear the accessed bits of part of a slot (clear_young of the mmu notifier)."""
-    for _ in _rounds(world, args, 1):
-        count = min(slot.npages, int(args.get("pages", slot.npages)))
+    for _ in _rounds(world, args):
+        count = _count(args, slot.npages)
         first = slot.base + world.dice.below(slot.npages - count + 1)
         yield from vm.write_lock(task, 1000)
         for leaf in vm.leaves_in(vm.root, first, first + count):
@@ -188,7 +203,7 @@ def age(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> S
                 else:
                     vm.change(task, task.now, leaf, leaf.spte & ~0x20, _AGING)
                 task.now += 500
-        task.now += int(args.get("every_us", 1000)) * 1000
+        task.now += args["every_us"] * 1000
 
 
 def dirty_log(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
@@ -197,11 +212,11 @@ def dirty_log(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]
     slot.dirty_log = True
     _slot(world, vm, task, slot, "flags")
     task.now += 500_000
-    for _ in range(1 + int(args.get("rounds", 3))):
+    for _ in range(1 + args["rounds"]):
         if task.now > world.turns.next:
             yield task.now
         yield from _write_protect(world, vm, task, slot)
-        task.now += int(args.get("every_us", 3000)) * 1000
+        task.now += args["every_us"] * 1000
     slot.flags &= ~_LOG_DIRTY
     slot.dirty_log = False
     if task.now > world.turns.next:
@@ -236,7 +251,7 @@ def _write_protect(world: World, vm: Vm, task: Task, slot: Slot) -> Story:
 def pin(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """pin: kvm_vcpu_map() and kvm_vcpu_unmap() of guest pages, as nested virtualisation does."""
     host, kernel, out = world.host, world.kernel, world.out
-    for number in _rounds(world, args, 8):
+    for number in _rounds(world, args):
         if task.now > world.turns.next:
             yield task.now
         index = (number * 7) % min(slot.npages, 64) + slot.first
@@ -272,7 +287,7 @@ def pin(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> S
         world.ledger.references.append(
             REFERENCES.pack(vm.id, 0, _PIN, gfn, pfn, 0, got, task.now, pfn)
         )
-        task.now += int(args.get("every_us", 500)) * 1000
+        task.now += args["every_us"] * 1000
 
 
 # --- memslots -------------------------------------------------------------------------------------
@@ -318,29 +333,29 @@ def delete_slot(world: World, vm: Vm, task: Task, slot: Slot, moved: Slot | None
 
 def churn(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """churn: delete a slot and create it again, some times (a device's BAR that moves)."""
-    for _ in _rounds(world, args, 4):
+    for _ in _rounds(world, args):
         yield from delete_slot(world, vm, task, slot)
-        task.now += int(args.get("every_us", 2000)) * 1000
+        task.now += args["every_us"] * 1000
         yield from _settled(world, vm, task)
         again = Slot(slot.id, slot.base, slot.npages, slot.mapping, slot.first, slot.flags)
         create_slot(world, vm, task, again)
         slot = again
-        task.now += int(args.get("every_us", 2000)) * 1000
+        task.now += args["every_us"] * 1000
 
 
 def move(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """move: move a slot to another guest address and back."""
-    for number in range(2 * int(args.get("times", 1))):
-        shift = (slot.npages + 1024) * (1 if number % 2 == 0 else -1)
+    for number in range(2 * args["times"]):
+        shift = (slot.npages + MOVE_GAP) * (1 if number % 2 == 0 else -1)
         moved = Slot(slot.id, slot.base + shift, slot.npages, slot.mapping, slot.first, slot.flags)
         yield from delete_slot(world, vm, task, slot, moved)
         slot = moved
-        task.now += int(args.get("every_us", 2000)) * 1000
+        task.now += args["every_us"] * 1000
 
 
 def sleep(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """sleep: let time pass."""
-    task.now += int(args.get("us", 1000)) * 1000
+    task.now += args["us"] * 1000
     if task.now > world.turns.next:
         yield task.now
 

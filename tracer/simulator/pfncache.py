@@ -21,10 +21,11 @@ _TAKER: Final = TAKERS.index("pfncache")
 
 def pfncache(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> Story:
     """pfncache: use some caches again and again, and refresh those that were invalidated."""
-    caches = [PfnCache(slot.base + 3 * at, slot.hva + (3 * at << 12)) for at in range(4)]
+    places = [3 * at % slot.npages for at in range(4)]
+    caches = [PfnCache(slot.base + at, slot.hva + (at << 12)) for at in places]
     vm.caches += caches
-    times, number = args.get("times", 32), 0
-    while world.touching > 0 if times == "busy" else number < int(times):
+    times, number = args["times"], 0
+    while world.touching > 0 if times == "busy" else number < times:
         cache = caches[number % len(caches)]
         number += 1
         if task.now > world.turns.next:
@@ -33,7 +34,7 @@ def pfncache(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any])
             break
         if not cache.valid:
             yield from _refresh(world, vm, task, slot, cache)
-        task.now += int(args.get("every_us", 200)) * 1000
+        task.now += args["every_us"] * 1000
     for cache in caches:
         vm.caches.remove(cache)
 

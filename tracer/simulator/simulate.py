@@ -16,6 +16,7 @@ from tracer.schema import SCHEMA_VERSION
 from tracer.simulator.bugs import BUGS, parse_bugs
 from tracer.simulator.clock import FOREVER, START_NS, Dice, Story, Task, Turns
 from tracer.simulator.fault import Vcpu
+from tracer.simulator.grammar import HELPERS
 from tracer.simulator.host import KINDS, Host, Page
 from tracer.simulator.host import Mapping as HostMapping
 from tracer.simulator.hostile import HOSTILE, Hostile, parse_hostile
@@ -42,7 +43,9 @@ __all__ = ("Knobs", "Outcome", "Progress", "catalogue", "simulate")
 #: it was made: the same seed gives the same bytes.
 _START_UNIX_NS: Final = 1_694_398_590 * 10**9
 #: Threads of the VMM and of the host beside the vCPUs.
-_HOST_TASKS: Final = 4
+_HOST_TASKS: Final = 1 + HELPERS
+#: No story is longer on its own clock: 365 days.
+_LONGEST_NS: Final = 365 * 86_400 * 10**9
 _VCPUS_MAX: Final = 1024
 
 
@@ -144,6 +147,7 @@ class _Simulation:
         if mmu not in ("tdp", "shadow"):
             raise UsageError(f"--mmu {mmu}: say tdp or shadow")
         bugs = parse_bugs(list(knobs.bugs), self._kernel, mmu)
+        self._sizes = self._scenario.sizes(knobs.pages)
         self._dice = Dice(knobs.seed)
         self._cpus = knobs.vcpus + _HOST_TASKS
         self._writer = TraceWriter(output, self._meta(), overwrite=overwrite)
@@ -220,18 +224,22 @@ class _Simulation:
                 )  # fmt: skip
             return self._finish()
         except BaseException:
-            self._writer.abandon()
+            self._remove()
             raise
+
+    def _remove(self) -> None:
+        """Leave nothing: half a truth beside half a trace would look like a whole story."""
+        self._writer.abandon()
+        self._truth.abandon()
+        for path in (self._output, *truth_paths(self._output).values()):
+            path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         create_vm(self._world, self._vm, self._main)
         hva = 0x7F0000000000
         for number, memory in enumerate(self._scenario.memory):
-            npages = memory.npages(self._knobs.pages)
-            kind = KINDS[memory.kind]
-            if kind.order or kind.level > 1:
-                npages = max(1 << kind.order, 512, npages & -max(1 << kind.order, 512))
-            mapping = HostMapping(memory.name, kind, hva, npages)
+            npages = self._sizes[memory.name]
+            mapping = HostMapping(memory.name, KINDS[memory.kind], hva, npages)
             hva += (npages << 12) + (1 << 30) & ~((1 << 21) - 1)
             slot = Slot(number, memory.gfn, npages, mapping, 0, memory.flags)
             create_slot(self._world, self._vm, self._main, slot)
@@ -239,7 +247,7 @@ class _Simulation:
 
     def _phase(self, phase: Phase) -> None:
         total = self._knobs.faults or self._knobs.pages
-        share = max(1, int(total * float(phase.touch.get("share", 1.0)))) if phase.touch else 0
+        share = max(1, int(total * float(phase.touch["share"]))) if phase.touch else 0
         passes = 1
         if phase.passes:
             pages = self._slots[phase.touch["memory"]][1].npages
@@ -250,7 +258,7 @@ class _Simulation:
             if phase.touch:
                 for vcpu in self._vcpus:
                     self._turns.start(self._touching(vcpu, phase.touch, share), vcpu.task.now)
-            for task, step in zip(self._helpers, phase.host, strict=False):
+            for task, step in zip(self._helpers[: len(phase.host)], phase.host, strict=True):
                 self._turns.start(self._step(task, step), task.now)
             self._drive()
             for step in phase.after:
@@ -261,6 +269,11 @@ class _Simulation:
         """A phase begins for everybody when the last one has ended for all."""
         tasks = [self._main, *self._helpers, *(v.task for v in self._vcpus)]
         now = max(task.now for task in tasks) + 50_000
+        if now - START_NS > _LONGEST_NS:
+            raise UsageError(
+                f"--scenario {self._knobs.scenario}: takes more than a year of the VM's time; "
+                "lower times, every_us, us or --faults"
+            )
         for task in tasks:
             task.now = now
 
@@ -277,14 +290,7 @@ class _Simulation:
                     self._progress(done, max(done, self._knobs.faults or self._knobs.pages))
 
     def _step(self, task: Task, step: dict[str, Any]) -> Story:
-        _, mapping, number = self._slots[step["memory"]]
-        slot = self._vm.slots[number]
-        if step["do"] == "discard" and step.get("pages") == "all":
-            # By pieces: a whole slot at once is more than one madvise() frees under one lock.
-            for first in range(0, mapping.npages, 512):
-                count = min(512, mapping.npages - first)
-                yield from discard_range(self._world, self._vm, task, mapping, first, count)
-            return
+        slot = self._vm.slots[self._slots[step["memory"]][2]]
         yield from VERBS[step["do"]](self._world, self._vm, task, slot, step)
 
     def _touching(self, vcpu: Vcpu, touch: dict[str, Any], count: int) -> Story:
@@ -295,8 +301,8 @@ class _Simulation:
         vcpus = len(self._vcpus)
         mine = count // vcpus + (1 if vcpu.task.vcpu < count % vcpus else 0)
         npages = self._slots[touch["memory"]][1].npages
-        write, fetch = float(touch.get("write", 1.0)), float(touch.get("fetch", 0.0))
-        in_order = touch.get("order", "sequential") == "sequential"
+        write, fetch = float(touch["write"]), float(touch["fetch"])
+        in_order = touch["order"] == "sequential"
         first = npages * vcpu.task.vcpu // vcpus
         self._world.touching += 1
         for at in range(mine):

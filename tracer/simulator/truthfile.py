@@ -3,8 +3,10 @@
 May import: `tracer.simulator.ledger`, pyarrow, standard library.
 """
 
+import contextlib
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracer.simulator.ledger import LIVES, PLANTED, REFERENCES, Ledger
@@ -50,3 +52,9 @@ class TruthFiles:
         self.flush(1)
         for writer in self._writers.values():
             writer.close()
+
+    def abandon(self) -> None:
+        """Close the files as they are, for who removes them."""
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError, pa.ArrowException):
+                writer.close()
