@@ -33,7 +33,7 @@ from tracer.simulator.ops import (
 )
 from tracer.simulator.recorder import KIND, Recorder
 from tracer.simulator.scenario import Memory, Phase, load, names
-from tracer.simulator.truthfile import TruthFiles, truth_paths
+from tracer.simulator.truthfile import TruthFiles, new_files, truth_paths
 from tracer.tracemeta import TraceMeta
 from tracer.tracewriter import TraceWriter
 
@@ -110,7 +110,7 @@ def simulate(
     """Run a simulation into `output`; the truth goes beside it (`truthfile.truth_paths`).
 
     `progress` is told (faults so far, faults to come about). Raises UsageError for knobs that make
-    no sense, OutputError if a file cannot be written.
+    no sense, OutputError if a file cannot be written or is there already; then nothing is left.
     """
     hostile, span = parse_hostile(knobs.hostile, knobs.seed), (0, FOREVER)
     if hostile.cuts:  # how long the story is only its end tells
@@ -118,12 +118,13 @@ def simulate(
             whole = simulate(dataclasses.replace(knobs, hostile=()), Path(folder) / "whole.pfnt",
                              version=version)  # fmt: skip
         span = hostile.span(int(whole.seconds * 1e9))
-    simulation = _Simulation(knobs, output, version, overwrite, progress)
-    simulation.hurt(hostile, span)
     collected = gc.isenabled()
     gc.disable()  # millions of objects and no cycles: the collector would only look at them again
     try:
-        return simulation.run()
+        with new_files(output, overwrite=overwrite) as made:
+            simulation = _Simulation(knobs, output, made, version, overwrite, progress)
+            simulation.hurt(hostile, span)
+            return simulation.run()
     finally:
         if collected:
             gc.enable()
@@ -131,8 +132,9 @@ def simulate(
 
 class _Simulation:
     def __init__(
-        self, knobs: Knobs, output: Path, version: str, overwrite: bool, progress: Progress | None
-    ) -> None:
+        self, knobs: Knobs, output: Path, made: list[Path], version: str, overwrite: bool,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
         self._progress = progress
         if knobs.kernel not in KERNELS:
             raise UsageError(
@@ -151,10 +153,11 @@ class _Simulation:
         self._dice = Dice(knobs.seed)
         self._cpus = knobs.vcpus + _HOST_TASKS
         self._writer = TraceWriter(output, self._meta(), overwrite=overwrite)
+        made.append(output)
         self._out = Recorder(self._writer, self._cpus)
         self._killed = False
         self._ledger = Ledger()
-        self._truth = TruthFiles(self._ledger, output)
+        self._truth = TruthFiles(self._ledger, output, made)
         self._turns = Turns()
         host = Host(self._kernel, self._freed, self._handed_out)
         self._world = World(self._kernel, self._dice, self._turns, self._out, self._ledger, host)
@@ -224,15 +227,9 @@ class _Simulation:
                 )  # fmt: skip
             return self._finish()
         except BaseException:
-            self._remove()
+            self._writer.abandon()
+            self._truth.abandon()
             raise
-
-    def _remove(self) -> None:
-        """Leave nothing: half a truth beside half a trace would look like a whole story."""
-        self._writer.abandon()
-        self._truth.abandon()
-        for path in (self._output, *truth_paths(self._output).values()):
-            path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         create_vm(self._world, self._vm, self._main)

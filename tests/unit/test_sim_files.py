@@ -1,0 +1,99 @@
+"""The files of a simulation: their names, whom they belong to, and that none is left half done."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from probes.errors import OutputError
+from tracer.simulator.simulate import Knobs, simulate
+from tracer.simulator.truthfile import truth_paths
+from tracer.tracewriter import TraceWriter
+
+SMALL = Knobs(mem_bytes=1 << 20)
+TABLES = ("lives", "references", "bugs")
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_truth_that_somebody_has_is_not_overwritten_unasked(tmp_path, table):
+    # Given a file where the truth would go
+    mine = tmp_path / f"run.truth-{table}.parquet"
+    mine.write_bytes(b"mine")
+    # Then nothing is made
+    with pytest.raises(OutputError, match=f"{mine.name} exists already; name another with -o, or"):
+        simulate(SMALL, tmp_path / "run.pfnt", version="0")
+    assert left(tmp_path) == {mine.name} and mine.read_bytes() == b"mine"
+
+    # But when that is asked for, then it is new
+    simulate(SMALL, tmp_path / "run.pfnt", version="0", overwrite=True)
+    assert len(left(tmp_path)) == 4 and mine.read_bytes()[:4] == b"PAR1"
+
+
+@pytest.mark.parametrize("name", ["run.pfnt", "run.truth-lives.parquet", "run.truth-bugs.parquet"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_or_a_link_of_that_name_is_left_alone(tmp_path, name, overwrite):
+    for make in (Path.mkdir, lambda path: path.symlink_to("elsewhere")):
+        make(tmp_path / name)
+        with pytest.raises(OutputError, match=r"is not an ordinary file; name another with -o$"):
+            simulate(SMALL, tmp_path / "run.pfnt", version="0", overwrite=overwrite)
+        assert left(tmp_path) == {name}
+        (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+
+
+def test_a_name_that_is_too_long_for_a_truth_is_told_in_a_line(tmp_path):
+    with pytest.raises(OutputError, match="cannot be written: File name too long; name another"):
+        simulate(SMALL, tmp_path / ("x" * 245), version="0")
+    assert not left(tmp_path)
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, OutputError("full"), MemoryError])
+def test_what_ends_a_simulation_early_leaves_nothing(tmp_path, monkeypatch, trouble):
+    # Given something that goes wrong when the first records are written
+    def fail(*_some):
+        raise trouble
+
+    monkeypatch.setattr(TraceWriter, "write_group", fail)
+    (tmp_path / "other").write_bytes(b"")
+    # When it does, then no file is left that would look whole, and others are
+    with pytest.raises(BaseException) as told:
+        simulate(SMALL, tmp_path / "run.pfnt", version="0")
+    assert told.type is (trouble if isinstance(trouble, type) else type(trouble))
+    assert left(tmp_path) == {"other"}
+
+
+# --- names and modes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trace", "lives"),
+    [
+        ("x.pfnt", "x.truth-lives.parquet"),
+        ("run-6.1", "run-6.1.truth-lives.parquet"),
+        ("run-6.12", "run-6.12.truth-lives.parquet"),
+        ("a.b.pfnt", "a.b.truth-lives.parquet"),
+    ],
+)
+def test_a_truth_is_named_after_the_whole_name_of_its_trace(trace, lives):
+    assert truth_paths(Path("there") / trace)["lives"] == Path("there") / lives
+
+
+def test_traces_of_two_kernels_have_a_truth_each(tmp_path):
+    for kernel in ("6.1", "6.12"):
+        simulate(Knobs(kernel=kernel, mem_bytes=1 << 20), tmp_path / f"run-{kernel}", version="0")
+    assert len(left(tmp_path)) == 8
+
+
+def test_the_truth_is_its_owner_s_like_the_trace(tmp_path):
+    before = os.umask(0)
+    try:
+        simulate(SMALL, tmp_path / "run.pfnt", version="0")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
