@@ -35,6 +35,7 @@ from analysis.detectors.puts import (
     own_puts,
     page_of_fault,
     prefetched_own,
+    untold,
 )
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
@@ -88,6 +89,9 @@ class Balance:
         self._kept = Occurrences()
         self._given = Occurrences()
         self._twice = Occurrences()
+        #: the same of faults whose installs were lost: what they put may have been prefetched
+        self._given_untold = Occurrences()
+        self._twice_untold = Occurrences()
         self._below = Occurrences()
         self._alone = Occurrences()
         self._short = Occurrences()
@@ -137,13 +141,16 @@ class Balance:
             self._kept.add(faults, np.flatnonzero(absent), faults=True)
             self._fell += int((absent & fell(faults)).sum())
             if (puts[judged] > 1).any():
-                twice = judged & called_twice(join, own)
-                self._twice.add(faults, np.flatnonzero(twice), faults=True)
+                twice, dark = judged & called_twice(join, own), untold(join)
+                self._twice.add(faults, np.flatnonzero(twice & ~dark), faults=True)
+                self._twice_untold.add(faults, np.flatnonzero(twice & dark), faults=True)
         if semantics.put != "in fault" and given.any():
-            if not self._given:
+            if not self._put:
                 at = np.flatnonzero(own & given[join.releases.fault])[0]
                 self._put = CALLS[join.releases["call"][at]]
-            self._given.add(faults, np.flatnonzero(given), faults=True)
+            dark = untold(join)
+            self._given.add(faults, np.flatnonzero(given & ~dark), faults=True)
+            self._given_untold.add(faults, np.flatnonzero(given & dark), faults=True)
         if semantics.prefetch_puts:
             self._feed_prefetches(join, other)
         short = judged & (puts > 0) & fewer_than_mapped(faults)
@@ -209,16 +216,17 @@ class Balance:
         semantics = self._recording.semantics
         # Of a version that cannot be told beforehand the majority of pages tells: not of faults,
         # which may be of a single page, the zero page.
-        most = self._given.pages > self._kept.pages
+        given = [one for one in (self._given, self._given_untold) if one]
+        most = sum(one.pages for one in given) > self._kept.pages
         puts_in_fault = semantics.put == "in fault" or (semantics.put == "either" and most)
         if self._kept and puts_in_fault:
             found.append(self._leak())
-        if self._kept and semantics.put == "either" and not self._given:
+        if self._kept and semantics.put == "either" and not given:
             found.append(self._undecided())
-        if self._given and not puts_in_fault:
-            found.append(self._extra())
-        if self._twice and puts_in_fault:
-            found.append(self._double())
+        if not puts_in_fault:
+            found += [self._extra(one) for one in given]
+        else:
+            found += [self._double(one) for one in (self._twice, self._twice_untold) if one]
         if self._prefetched:
             found.append(self._prefetch_leak())
         if self._below:
@@ -294,20 +302,35 @@ class Balance:
             else (f"each of {absent['all']:,} faults (of {judged['all']:,})")
         )
 
-    def _extra(self) -> Finding:
+    def _told(self, seen: Occurrences) -> tuple[str, Innocent]:
+        """Return the verdict on puts of prefetched pages, and what it makes of that innocent."""
+        explanation = (
+            "a page that was prefetched around the fault was put, a tail of the same folio"
+        )
+        if seen is self._twice_untold or seen is self._given_untold:
+            return "inconclusive", Innocent(
+                explanation,
+                "not ruled out: the faults count more leaves than SPTE records show of them",
+            )
+        return "definite", Innocent(
+            explanation, "no: all leaves that the faults count are in the trace"
+        )
+
+    def _extra(self, seen: Occurrences) -> Finding:
         # In a kernel whose faults hold nothing any more when fault-in has returned.
         dropped = "KVM put a page in a fault that held no reference to it"
         known = self._recording.semantics.put == "at fault-in"
         # Else the faults that put nothing must tell, and their records may be lost.
-        verdict, loss = ("definite", None)
-        if not known:
+        verdict, prefetched = self._told(seen)
+        loss = None
+        if not known and verdict == "definite":
             absent = self._absent["all"]
             verdict, loss = loss_verdict("probable", self._recording, absent, "RELEASE")
-        return self._given.finding(
+        return seen.finding(
             self,
             self._recording,
             verdict,
-            f"{dropped}, but others do: {plural(self._given.pages, 'page')}",
+            f"{dropped}, but others do: {plural(seen.pages, 'page')}",
             functions=("kvm_faultin_pfn", *({function_of(self._recording, self._put)} - {""})),
             innocent=(
                 Innocent(
@@ -317,21 +340,23 @@ class Balance:
                     else f"no: {self._absent['all']:,} other faults put nothing",
                 ),
                 loss,
+                prefetched,
             ),
             detail={
                 "shape": "put without a get",
                 "judged": self._judged["all"],
-                "put": self._given.count,
+                "put": seen.count,
             },
         )
 
-    def _double(self) -> Finding:
-        return self._twice.finding(
+    def _double(self, seen: Occurrences) -> Finding:
+        verdict, prefetched = self._told(seen)
+        return seen.finding(
             self,
             self._recording,
-            "definite",
+            verdict,
             "KVM put the same page twice in one fault, a reference that others own: "
-            f"{plural(self._twice.pages, 'page')}",
+            f"{plural(seen.pages, 'page')}",
             functions=(self._recording.semantics.put_function,),
             detail={"shape": "double put"},
             innocent=(
@@ -339,6 +364,7 @@ class Balance:
                     "one call shows twice, as the function and one that it calls",
                     "no: calls made inside another are left out, and one put too many remains",
                 ),
+                prefetched,
             ),
         )
 

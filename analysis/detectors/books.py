@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
-from analysis.detectors.common import Occurrences
+from analysis.detectors.common import CLOCKS_NS, Occurrences
 from analysis.detectors.mapped import Key, WrongLives, lost_or_seen, unsure
-from analysis.detectors.stale import CLOCKS_NS
 from analysis.findings import Finding, Innocent
 from analysis.framelog import Spaces
 from analysis.lifearrays import LifeArrays

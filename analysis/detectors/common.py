@@ -16,6 +16,7 @@ from analysis.semantics import MARK_CALLS, PUT_CALLS
 from probes.wire import CALLS, PAGE_BITS
 
 __all__ = (
+    "CLOCKS_NS",
     "FRAMES",
     "NEVER",
     "Occurrences",
@@ -26,6 +27,7 @@ __all__ = (
     "loss_verdict",
     "missing_hooks",
     "refcountable",
+    "surely_before",
     "vcpu_keys",
     "where_of",
     "where_of_gfn",
@@ -35,6 +37,11 @@ __all__ = (
 FRAMES = 1 << 40
 #: A stage time that the fault never reached, see `analysis.columns.NULLS`.
 NEVER = (1 << 32) - 1
+#: Clocks of different cpus differ by less: Linux takes the TSC for no clock if it sees one warp
+#: against another (arch/x86/kernel/tsc_sync.c). ns
+CLOCKS_NS = 20_000
+#: Numbers of a cpu's records that are farther apart have wrapped around, at 2^32.
+_WRAPPED = 3 << 30
 
 _PUTS = np.isin(np.array(CALLS), PUT_CALLS)
 _MARKS = np.isin(np.array(CALLS), MARK_CALLS)
@@ -106,6 +113,22 @@ def function_of(recording: Recording, call: str) -> str:
             # The compiler's own copies: kvm_mmu_finish_page_fault.isra.0.
             return str(symbols[0]).split(".", 1)[0]
     return ""
+
+
+def surely_before(
+    first: Sequence[npt.NDArray[Any]], then: Sequence[npt.NDArray[Any]]
+) -> npt.NDArray[np.bool_]:
+    """Tell which of some records, (ts, cpu, seq), surely were made before others.
+
+    A cpu numbers its records: of one cpu the number tells, and where the times contradict it nothing
+    is sure. The clocks of two cpus differ by less than `CLOCKS_NS`.
+    """
+    number, other = (one[2].astype(np.int64) for one in (first, then))
+    ahead = other - number
+    ahead = np.where(np.abs(ahead) > _WRAPPED, -ahead, ahead)
+    apart = first[0] + np.uint64(CLOCKS_NS) <= then[0]
+    same = np.where(ahead == 0, first[0] < then[0], (ahead > 0) & (first[0] <= then[0]))
+    return np.asarray(np.where(first[1] == then[1], same, apart), np.bool_)
 
 
 def missing_hooks(recording: Recording, *hooks: str) -> str:

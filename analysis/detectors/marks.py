@@ -15,8 +15,9 @@ from analysis.detectors.common import (
     is_mark,
     missing_hooks,
     refcountable,
+    surely_before,
 )
-from analysis.detectors.puts import own_puts, prefetched_own
+from analysis.detectors.puts import own_puts, prefetched_own, untold
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.lifearrays import LifeArrays
@@ -59,6 +60,8 @@ class DeadMark:
     def __init__(self) -> None:
         self._marked = Occurrences()
         self._late = Occurrences()
+        #: the same of faults whose installs were lost: what they put may have been prefetched
+        self._late_untold = Occurrences()
         self._zapped = Occurrences()
         #: numbers of the calls that marked.
         self._calls: dict[str, set[int]] = {"marked": set(), "late": set()}
@@ -103,25 +106,36 @@ class DeadMark:
         if not marks.any():
             return
         own, _ = own_puts(join)
-        put_at = np.full(len(faults), np.iinfo(np.uint64).max, np.uint64)
-        np.minimum.at(put_at, releases.fault[own], releases["ts"][own])
+        put = np.flatnonzero(own)
+        if not len(put):
+            return
+        # The first put of each fault: rows are in order of time.
+        which, first = np.unique(releases.fault[put], return_index=True)
+        put_of = np.full(len(faults), -1)
+        put_of[which] = put[first]
         late = marks & (releases["pfn"] == faults["pfn"][releases.fault])
-        late &= releases["ts"] > put_at[releases.fault]
-        if late.any():
-            late &= (prefetched_own(join) == 0)[releases.fault]
-        rows = np.flatnonzero(late)
+        rows = np.flatnonzero(late & (put_of[releases.fault] >= 0))
+        names = ("ts", "cpu", "seq")
+        before = put_of[releases.fault[rows]]
+        rows = rows[surely_before([releases[name][before] for name in names],
+                                  [releases[name][rows] for name in names])]  # fmt: skip
         if len(rows):
-            self._calls["late"] |= set(releases["call"][rows].tolist())
-            more = [releases.key(int(rows[0]))]
-            self._late.add(faults, np.unique(releases.fault[rows]), faults=True, more=more)
+            rows = rows[(prefetched_own(join) == 0)[releases.fault[rows]]]
+        if not len(rows):
+            return
+        self._calls["late"] |= set(releases["call"][rows].tolist())
+        dark = untold(join)[releases.fault[rows]]
+        for found, mine in ((self._late, rows[~dark]), (self._late_untold, rows[dark])):
+            if len(mine):
+                more = [releases.key(int(mine[0]))]
+                found.add(faults, np.unique(releases.fault[mine]), faults=True, more=more)
 
     def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
         found = []
         if self._marked:
             found.append(self._at_zero())
-        if self._late:
-            found.append(self._after_put())
+        found += [self._after_put(one) for one in (self._late, self._late_untold) if one]
         if self._zapped:
             found.append(self._at_zap())
         return found
@@ -137,12 +151,13 @@ class DeadMark:
             detail={"shape": "marked at count 0"},
         )
 
-    def _after_put(self) -> Finding:
-        return self._late.finding(
+    def _after_put(self, seen: Occurrences) -> Finding:
+        dark = seen is self._late_untold
+        return seen.finding(
             self,
             self._recording,
-            "definite",
-            f"{plural(self._late.count, 'fault')} marked a page accessed or dirty after putting "
+            "inconclusive" if dark else "definite",
+            f"{plural(seen.count, 'fault')} marked a page accessed or dirty after putting "
             "it, when it may be another's",
             functions=self._functions(self._calls["late"]),
             rule="A fault touches struct page only while it holds a reference to it, or under "
@@ -152,6 +167,12 @@ class DeadMark:
                 Innocent(
                     "an SPTE was zapped meanwhile, which marks its page too",
                     "no: the fault's own thread did it, in the fault",
+                ),
+                Innocent(
+                    "what was put is a page that was prefetched around the fault",
+                    "not ruled out: the faults count more leaves than SPTE records show of them"
+                    if dark
+                    else "no: all leaves that the faults count are in the trace",
                 ),
             ),
             detail={"shape": "marked after put"},

@@ -11,7 +11,14 @@ import numpy.typing as npt
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
-from analysis.detectors.common import FRAMES, Occurrences, loss_verdict, missing_hooks, refcountable
+from analysis.detectors.common import (
+    FRAMES,
+    Occurrences,
+    loss_verdict,
+    missing_hooks,
+    refcountable,
+    surely_before,
+)
 from analysis.findings import Finding, Innocent
 from analysis.lifearrays import LifeArrays
 from analysis.recording import Recording
@@ -25,9 +32,6 @@ _Key = tuple[int, int, int, int]
 _Free = tuple[int, tuple[str, int, int, int], tuple[str, int, int, int]]
 #: Maps that are open at once; a nested guest needs about five a vCPU.
 _OPEN_MAX = 1 << 20
-#: A free so near to the end or the beginning of a map may have come after or before it: clocks of
-#: CPUs that were not synchronised differ by so much. ns
-_APART_NS = 20_000
 #: Pfn caches that are followed; a vCPU has a few.
 _CACHES_MAX = 1 << 16
 #: Refreshes of one cache from which on its growth is told.
@@ -254,10 +258,6 @@ class Pins:
 
 
 def _apart(first: tuple[str, int, int, int], then: tuple[str, int, int, int]) -> bool:
-    """Tell whether a record, (kind, ts, cpu, seq), surely came before another.
-
-    A cpu numbers its records; one that was interrupted may have its time from before or after.
-    """
-    if first[2] == then[2]:
-        return 0 < then[3] - first[3] & 0xFFFFFFFF < 1 << 31
-    return then[1] - first[1] >= _APART_NS
+    """Tell whether a record, (kind, ts, cpu, seq), surely came before another."""
+    one, other = ([np.array([part], np.uint64) for part in key[1:]] for key in (first, then))
+    return bool(surely_before(one, other)[0])

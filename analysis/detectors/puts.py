@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from analysis.columns import Records, code
+from analysis.columns import Records, code, codes
 from analysis.detectors.common import FRAMES, NEVER, folio_of, is_put, refcountable
 from analysis.faultjoin import FaultJoin
 from analysis.recording import Recording
@@ -23,6 +23,7 @@ __all__ = (
     "own_puts",
     "page_of_fault",
     "prefetched_own",
+    "untold",
 )
 
 _COMPOUND = PAGE_BITS["head"] | PAGE_BITS["tail"]
@@ -82,6 +83,20 @@ def prefetched_own(join: FaultJoin) -> npt.NDArray[np.int64]:
     sptes, pfns = join.sptes, join.records["pfn"]
     rows = sptes["cause"] == code("cause", "prefetch")
     return sptes.per_fault(rows & (sptes["pfn"] == pfns[sptes.fault]), len(join))
+
+
+def untold(join: FaultJoin) -> npt.NDArray[np.bool_]:
+    """Tell which faults mapped more than records show: what they prefetched is not known.
+
+    A fault counts the leaves that it installs or changes (at most 255, which is more than one can
+    prefetch). Where a record of them is missing, a put may be of a page that was prefetched: of a
+    tail of the fault's own folio, or of the same zero page.
+    """
+    sptes = join.sptes
+    if not len(join):
+        return np.zeros(0, np.bool_)
+    seen = sptes.per_fault(np.isin(sptes["op"], codes("op", "install", "change")), len(join))
+    return np.asarray(seen < join.records["sptes"], np.bool_)
 
 
 def called_twice(join: FaultJoin, own: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from analysis.columns import Records, code, codes
 from analysis.detector import Chunk
-from analysis.detectors.common import NEVER, Occurrences
+from analysis.detectors.common import CLOCKS_NS, NEVER, Occurrences
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Finding, Innocent
 from analysis.lifearrays import LifeArrays
@@ -29,9 +29,6 @@ __all__ = ("StaleInstall",)
 _PAGE = 4096
 #: Invalidations in progress at one moment that are looked at.
 _PARALLEL_MAX = 64
-#: Clocks of different cpus differ by less: Linux takes the TSC for no clock if it sees one warp
-#: against another (arch/x86/kernel/tsc_sync.c). ns
-CLOCKS_NS = 20_000
 
 
 class _Changes:
