@@ -25,7 +25,7 @@ import numpy as np
 
 from analysis.columns import Records
 from analysis.detector import Chunk
-from analysis.detectors.common import FRAMES, function_of, missing_hooks
+from analysis.detectors.common import CLOCKS_NS, FRAMES, function_of, missing_hooks
 from analysis.detectors.freedby import (
     DRAIN,
     OTHER,
@@ -45,9 +45,6 @@ from probes.wire import CALLS
 
 __all__ = ("FreedWhileMapped", "settled")
 
-#: Clocks of two CPUs may differ by so much: ktime_get_mono_fast_ns(), kernel/time/timekeeping.c,
-#: says of itself that it can step back a little.
-_SKEW_NS = 1000
 #: Where the parts of an event lie in its two tags.
 _WAY, _CALL, _CPU = np.uint64(56), np.uint64(48), np.uint64(32)
 _LOW = np.uint64((1 << 32) - 1)
@@ -197,7 +194,7 @@ class FreedWhileMapped:
         ts = int(hits.ts[at])
         cpu = int(hits.tags[0][at] >> _CPU) & 0xFFFF
         for end in ("birth", "death"):
-            near = abs(int(lives[f"{end}_ts"][life]) - ts) <= _SKEW_NS
+            near = abs(int(lives[f"{end}_ts"][life]) - ts) <= CLOCKS_NS
             if near and int(lives[f"{end}_cpu"][life]) != cpu:
                 return "clock"
         return "root" if ts >= self._flushes.begin(lives, life) else ""
@@ -263,9 +260,9 @@ def _innocent(recording: Recording, why: str, who: str) -> list[Innocent]:
         ),
         "clock": (
             "the clocks of two CPUs differ",
-            f"no: the free and the ends of the mapping are more than {_SKEW_NS} ns apart, or of "
-            "one CPU",
-            f"not ruled out: they are less than {_SKEW_NS} ns apart",
+            f"no: the free and the ends of the mapping are {CLOCKS_NS // 1000} us apart, or more, "
+            "or of one CPU",
+            f"not ruled out: they are less than {CLOCKS_NS // 1000} us apart",
         ),
     }
     found = [lost_or_seen(recording, why == "lost")]

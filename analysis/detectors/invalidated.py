@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from analysis.columns import Records, code
 from analysis.detector import Chunk
-from analysis.detectors.common import missing_hooks
+from analysis.detectors.common import CLOCKS_NS, missing_hooks, surely_before
 from analysis.detectors.mapped import Flushes, Key, WrongLives, forgotten, lost_or_seen, sorted_out
 from analysis.findings import Finding, Innocent
 from analysis.framelog import U64, Events, FrameLog, Hits, Spaces
-from analysis.lifearrays import LifeArrays
+from analysis.lifearrays import FOREVER, LifeArrays
 from analysis.recording import Recording
 from analysis.slotmap import GUEST_MEMFD, SLOT_COLUMNS, Slot, SlotMap
 
@@ -91,7 +91,7 @@ class AliveAfterInvalidation:
         self._log = FrameLog(tags=2)
         self._flushes = Flushes()
         self._waiting: _Ranges | None = None
-        self._found = {why: WrongLives() for why in ("", "lost", "root")}
+        self._found = {why: WrongLives() for why in ("", "lost", "root", "clocks")}
 
     def start(self, recording: Recording) -> str:
         """Take what is known before the records; return "" or why no answer is possible."""
@@ -117,7 +117,10 @@ class AliveAfterInvalidation:
 
     def _take(self, lives: LifeArrays, hits: Hits) -> None:
         for why, mine in sorted_out(lives, hits, self._flushes):
-            self._found[why].add(lives, mine.life, mine.ts, more=functools.partial(_keys, mine))
+            sure = _around(lives, mine) if not why else np.ones(len(mine), np.bool_)
+            for name, some in ((why, mine.at(sure)), ("clocks", mine.at(~sure))):
+                found = self._found[name]
+                found.add(lives, some.life, some.ts, more=functools.partial(_keys, some))
 
     def _finding(self, why: str, found: WrongLives) -> Finding:
         return found.finding(
@@ -132,6 +135,12 @@ class AliveAfterInvalidation:
                 Innocent(
                     "a fault mapped the page again after the invalidation",
                     "no: the leaf was installed before the invalidation began to return",
+                ),
+                Innocent(
+                    "the clocks of two cpus differ, and the leaf was not there at both ends",
+                    f"not ruled out: less than {CLOCKS_NS // 1000} us are between them"
+                    if why == "clocks"
+                    else f"no: one cpu wrote them, or more than {CLOCKS_NS // 1000} us are between",
                 ),
                 Innocent(
                     "the leaves belong to a root that a fast zap-all made invalid",
@@ -184,6 +193,20 @@ class AliveAfterInvalidation:
                     parts.append(_with_frames(mine.at(met), space, slot))
         whole = _Ranges.joined(*parts)
         return whole.at(np.argsort(whole["ts"], kind="stable"))
+
+
+def _around(lives: LifeArrays, hits: Hits) -> npt.NDArray[np.bool_]:
+    """Tell which lives surely began before the start of what hit them, and ended after its end."""
+    at = hits.life
+    birth, death = (
+        [lives[f"{end}_{name}"][at] for name in ("ts", "cpu", "seq")] for end in ("birth", "death")
+    )
+    start, end = (
+        [ts, tag >> _CPU, tag & np.uint64(_LOW)]
+        for ts, tag in zip((hits.since, hits.ts), hits.tags, strict=True)
+    )
+    lives_on = death[0] == np.uint64(FOREVER)
+    return np.asarray(surely_before(birth, start) & (lives_on | surely_before(end, death)))
 
 
 def _with_frames(ranges: _Ranges, space: int, slot: Any) -> _Ranges:

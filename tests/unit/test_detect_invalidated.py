@@ -6,6 +6,7 @@ from unit.mapkit import GENERATIONS, MAPS, SANE, ask, only, page, reclaim
 from unit.tracekit import SHIPPED
 
 from analysis.check import check_trace
+from analysis.detectors.common import CLOCKS_NS
 from probes import wire
 
 NAME = "invalidation"
@@ -100,7 +101,7 @@ def test_a_large_range_covers_all_its_pages(kernel, tmp_path):
     copy = reclaim(kernel)
     pages = [page(copy, number) for number in range(23)]
     born, hva = max(one.born for one in pages), int(copy["FAULT"]["hva"][pages[0].fault])
-    for op, ts in (("start", born + 10), ("end", born + 20)):
+    for op, ts in (("start", born + CLOCKS_NS), ("end", born + CLOCKS_NS + 10)):
         invalidate(copy, op, ts, hva - (1 << 29), hva + (1 << 29))
     finding = only(ask(copy, tmp_path, NAME))
     assert (finding.count, finding.pages) == (23, 23)
@@ -182,3 +183,20 @@ def test_without_both_ends_there_is_no_answer(hook, tmp_path):
     copy.unhook(hook)
     result = ask(copy, tmp_path, NAME)
     assert result.findings == () and hook in result.unanswerable[0].reason
+
+
+@pytest.mark.parametrize("nearer", [0, 1])
+def test_a_leaf_that_another_cpu_made_just_before_may_have_come_just_after(nearer, tmp_path):
+    # Given an invalidation that another cpu wrote so soon after a leaf, or a nanosecond later
+    copy = reclaim("6.12")
+    one = page(copy, 4)
+    hva = int(copy["FAULT"]["hva"][one.fault])
+    cpu = int(copy["SPTE"]["h"]["cpu"][copy["SPTE"]["h"]["ts"] == one.born][0])
+    since = one.born + CLOCKS_NS - nearer
+    for op, ts in (("start", since), ("end", since + 10)):
+        invalidate(copy, op, ts, hva, hva + 4096)
+    copy["INVALIDATE"]["h"]["cpu"][-2:] = cpu ^ 1
+    copy["INVALIDATE"]["h"]["seq"][-2:] = 0, 1
+    # Then nobody is accused if their clocks could have it so
+    finding = only(ask(copy, tmp_path, NAME))
+    assert finding.verdict == ("inconclusive" if nearer else "definite")

@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
         ({"vcpus": 0}, "from 1 to"),
         ({"hostile": ("rain",)}, "no such thing"),
         ({"hostile": ("loss=-1",)}, "a share above 0"),
+        ({"hostile": ("skew=50000",)}, "the amount is 1 to 10000 ns"),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused_in_one_line(tmp_path, knobs, says):

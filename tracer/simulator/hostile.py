@@ -22,12 +22,15 @@ HOSTILE: Mapping[str, str] = {
     "drop": "single records are lost (0.01 of them), counted",
     "duplicate": "records come twice (0.005 of them)",
     "reorder": "records of one cpu are written in another order than they happened (0.01 of them)",
-    "skew": "the clocks of cpus differ by up to so many ns (5000)",
+    "skew": "the clocks of cpus differ by up to so many ns (5000, at most 10000)",
     "late": "the recording begins late: this share of the story is missing (0.3)",
     "truncate": "the recorder is killed: this share of the story is missing (0.3)",
 }
 _DEFAULTS = {"loss": 0.02, "drop": 0.01, "duplicate": 0.005, "reorder": 0.01, "skew": 5000.0,
              "late": 0.3, "truncate": 0.3}  # fmt: skip
+#: Largest difference of clocks: hosts whose clocks differ by more have no such clock at all
+#: (arch/x86/kernel/tsc_sync.c), and the order of records means nothing.
+_SKEW_MAX_NS = 10_000
 #: Records lost in one burst: a ring that was full for a moment.
 _BURST = 40
 #: How far a record that is out of order is moved (ns).
@@ -47,7 +50,9 @@ def parse_hostile(texts: Sequence[str], seed: int) -> "Hostile":
             value = float(amount) if amount else _DEFAULTS[name]
         except ValueError:
             value = -1.0
-        if not 0 < value <= (1e9 if name == "skew" else 1):
+        if name == "skew" and not 1 <= value <= _SKEW_MAX_NS:
+            raise UsageError(f"--hostile {text}: the amount is 1 to {_SKEW_MAX_NS} ns")
+        if name != "skew" and not 0 < value <= 1:
             raise UsageError(f"--hostile {text}: the amount is a share above 0, at most 1")
         amounts[name] = value
     return Hostile(amounts, seed)
