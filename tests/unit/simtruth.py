@@ -15,8 +15,8 @@ from tracer.simulator.simulate import Outcome
 from tracer.tracefile import TraceReader
 
 __all__ = (
-    "COLUMNS", "CONSEQUENCES", "FINDS", "STORIES", "Verdict", "differences", "judge",
-    "told_stories",
+    "COLUMNS", "CONSEQUENCES", "FINDS", "SHAPES", "STORIES", "Verdict", "differences", "judge",
+    "right_kind", "told_stories",
 )  # fmt: skip
 
 #: Columns of a life that both sides know.
@@ -63,6 +63,22 @@ CONSEQUENCES = {
     "lockless_put": {"use-after-free", "dead-mark"},
     "wrong_flag": {"balance", "dead-mark"},
     "wrong_gfn": {"use-after-free", "dead-mark"},
+}
+#: Bug -> detector -> the kinds of finding (`detail["shape"]`) that are right there; of what is not
+#: named any kind is, or the detector tells only one.
+SHAPES = {
+    "missing_put": {"balance": {"leak"}, "growth": {"never freed", "new pages", "rises"}},
+    "missing_put_shadow": {
+        "balance": {"leak"},
+        "growth": {"never freed", "new pages", "rises"},
+    },
+    "double_put": {"balance": {"double put", "fewer than mapped", "put at count 0"}},
+    "put_on_wrong_folio": {"balance": {"put at count 0", "fewer than mapped"}},
+    "resurrect": {"balance": {"resurrected"}},
+    "zero_page_growth": {"balance": {"leak"}, "growth": {"rises"}},
+    "lockless_put": {"balance": {"put without a get", "put at count 0"}},
+    "vcpu_map_leak": {"pins": {"leaked"}},
+    "stale_spte": {"use-after-free": {"freed", "freed by put", "freed by drain", "reused"}},
 }
 #: Planted livelock -> the story that detector livelock must tell of it, and its verdict: only the
 #: two of KVM are KVM's, an invalidation without end is somebody's, the others are hosts at work.
@@ -140,6 +156,7 @@ class _Truth:
         bugs = [
             bug for bug in self.planted
             if finding.detector in FINDS[bug] | CONSEQUENCES.get(bug, set())
+            and right_kind(bug, finding)
         ]  # fmt: skip
         if finding.detector == "livelock":
             bugs = [bug for bug in bugs if _story(finding) == STORIES[bug]]
@@ -162,6 +179,12 @@ class _Truth:
             listed |= _frames(finding.gfns if by_gfn else finding.pfns)
             counted = max(counted, 0 if by_gfn else finding.pages)
         return min(max(len(listed & planted), counted), len(planted)), len(planted)
+
+
+def right_kind(bug: str, finding: Finding) -> bool:
+    """Is what a detector tells the kind of thing that the bug does?"""
+    kinds = SHAPES.get(bug, {}).get(finding.detector)
+    return kinds is None or finding.detail.get("shape") in kinds
 
 
 def _story(finding: Finding) -> tuple[str, str]:

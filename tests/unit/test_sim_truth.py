@@ -17,6 +17,7 @@ from unit.simtruth import (
     STORIES,
     differences,
     judge,
+    right_kind,
     told_stories,
 )
 
@@ -57,6 +58,16 @@ def test_a_planted_bug_is_found_and_the_lives_are_right(tmp_path, bug):
     verdict = judge(made.outcome)
     assert verdict.told == ()
     assert not verdict.missed or explained(bug, kernel)
+
+
+def test_another_kind_of_finding_by_the_right_detector_is_not_right(tmp_path):
+    # Given a put that is missing, of which balance tells
+    made = make(tmp_path, bugs=("missing_put",), mem_bytes=4 << 20)
+    (leak,) = check_trace(made.path, ["balance"]).findings
+    assert right_kind("missing_put", leak)
+    # Then that a page was put twice would be wrong
+    twice = dataclasses.replace(leak, detail={"shape": "double put"})
+    assert not right_kind("missing_put", twice) and right_kind("double_put", twice)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
