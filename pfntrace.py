@@ -435,7 +435,7 @@ def simulate(
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Say what there is, and exit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --list: JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make the trace of a kernel without a kernel, and the truth beside it (Parquet)."""
     from tracer.simulator import wording
@@ -443,13 +443,14 @@ def simulate(
     if listed:
         _out_all(wording.catalogue_lines(as_json=as_json))
         return
-    knobs = wording.knobs_of(kernel, scenario, bug, vcpus, mem, faults, seed, mmu, hostile)
+    knobs = wording.knobs_of(kernel, scenario, bug, vcpus, mem, faults, seed, mmu, hostile, output)
     for line in wording.knob_lines(knobs):
         _say(f"pfntrace: {line}")
     with progress_bar("simulating") as show:
         outcome = wording.run(knobs, output, VERSION, force, show)
-    for line in wording.outcome_lines(outcome):
+    for line in wording.outcome_lines(outcome) if not as_json else ():
         _say(f"pfntrace: {line}")
+    _out_all([wording.outcome_json(knobs, outcome)] if as_json else ())
 
 
 @app.command()

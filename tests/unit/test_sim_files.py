@@ -1,6 +1,11 @@
 """The files of a simulation: their names, whom they belong to, and that none is left half done."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,3 +102,49 @@ def test_the_truth_is_its_owner_s_like_the_trace(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+COMMAND = [sys.executable, str(Path(__file__).resolve().parents[2] / "pfntrace.py"), "simulate"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_one_line_and_leaves_nothing(tmp_path, number):
+    # Given a long simulation that has begun to write
+    words = ["--mem", "1G", "-o", "x.pfnt"]
+    running = subprocess.Popen(
+        [*COMMAND, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while len(left(tmp_path)) < 4 and time.monotonic() < until:
+            time.sleep(0.02)
+        # When it is told to end
+        running.send_signal(number)
+        said = running.communicate(timeout=60)[1].splitlines()
+    finally:
+        running.kill()
+    # Then the status says by what, one line says what is left, and that is true
+    assert running.returncode == 128 + number
+    assert [line for line in said if "interrupted" in line] == [said[-1]]
+    assert said[-1].startswith(f"pfntrace: interrupted by {number.name}; the unfinished trace and")
+    assert left(tmp_path) == set()
+
+
+def test_the_outcome_is_json_on_stdout_and_the_knobs_on_stderr(tmp_path):
+    words = ["--mem", "1M", "--seed", "5", "--bug", "missing_put", "-o", "x.pfnt", "--json"]
+    done = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True)
+    told = json.loads(done.stdout)
+    assert told["seed"] == told["knobs"]["seed"] == 5 and told["planted"]["missing_put"] > 0
+    assert told["records"] > told["faults"] > 0 and told["lives"] > 0
+    assert set(told["files"].values()) == left(tmp_path)
+    assert done.stderr.startswith("pfntrace: seed      5\n")
+
+
+def test_a_trace_does_not_go_to_a_stream(tmp_path):
+    done = subprocess.run([*COMMAND, "-o", "-"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and left(tmp_path) == set()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pfntrace: -o -: a trace is no stream; name a file")

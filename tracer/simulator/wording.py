@@ -3,27 +3,35 @@
 May import: `probes.errors`, standard library, `tracer.simulator`.
 """
 
+import contextlib
+import dataclasses
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from probes.errors import UsageError
+from probes.errors import PfntraceError, UsageError
 from tracer.simulator.bugs import BUGS
 from tracer.simulator.kernels import KERNELS
 from tracer.simulator.scenario import load
 from tracer.simulator.simulate import Knobs, Outcome, Progress, catalogue, simulate
 
 __all__ = (
+    "Interrupted",
     "catalogue_lines",
     "default_output",
     "knob_lines",
     "knobs_of",
+    "outcome_json",
     "outcome_lines",
     "parse_size",
     "run",
 )
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _UNITS = {"": 20, "k": 10, "m": 20, "g": 30, "t": 40}
 #: More than this is a mistake: every mapped page is kept in memory.
 _MEM_MAX = 1 << 40
@@ -70,6 +78,18 @@ def outcome_lines(outcome: Outcome) -> Iterator[str]:
     yield f"wrote {outcome.trace}; see: pfntrace report {outcome.trace}"
 
 
+def outcome_json(knobs: Knobs, outcome: Outcome) -> str:
+    """Return what was made, and from what, as one JSON text."""
+    files = {"trace": outcome.trace, **outcome.truth}
+    told = {
+        "records": outcome.records, "faults": outcome.faults, "lives": outcome.lives,
+        "seconds": outcome.seconds, "planted": outcome.planted, "seed": knobs.seed,
+        "files": {name: str(path) for name, path in files.items()},
+        "knobs": dataclasses.asdict(knobs),
+    }  # fmt: skip
+    return json.dumps(told, indent=2)
+
+
 def catalogue_lines(*, as_json: bool = False) -> Iterator[str]:
     """Yield what can be asked for, a line each, or as one JSON text."""
     if as_json:
@@ -85,18 +105,61 @@ def catalogue_lines(*, as_json: bool = False) -> Iterator[str]:
 
 def knobs_of(
     kernel: str, scenario: str, bugs: Sequence[str] | None, vcpus: int, mem: str,
-    faults: int | None, seed: int, mmu: str, hostile: Sequence[str] | None,
+    faults: int | None, seed: int, mmu: str, hostile: Sequence[str] | None, output: Path | None,
 ) -> Knobs:  # fmt: skip
-    """Return the knobs of a command line. Raises UsageError."""
+    """Return the knobs of a command line, if there can be that output. Raises UsageError."""
+    if output == Path("-"):
+        raise UsageError("-o -: a trace is no stream; name a file, its truth goes beside it")
     return Knobs(
         kernel=kernel, scenario=scenario, bugs=tuple(bugs or ()), vcpus=vcpus,
         mem_bytes=parse_size(mem), faults=faults, seed=seed, mmu=mmu, hostile=tuple(hostile or ()),
     )  # fmt: skip
 
 
+class Interrupted(PfntraceError):
+    """A signal ended the simulation; its files are gone."""
+
+    def __init__(self, number: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"interrupted by {name}; the unfinished trace and truth were removed")
+        self.exit_code = 128 + number
+
+
+class _Signal(BaseException):
+    """What a handler raises: nothing on the way to the files takes it for an error of its own."""
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let a signal end the block as an exception, once, so that it can clean up."""
+    # One that is ignored stays so (nohup); signals reach the main thread only.
+    numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before: dict[signal.Signals, Any] = {}
+
+    def end(number: int, _frame: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise _Signal(number)
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for one in numbers:
+                before[one] = signal.signal(one, end)
+        yield
+    except _Signal as err:
+        raise Interrupted(err.args[0]) from None
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 def run(
     knobs: Knobs, output: Path | None, version: str, overwrite: bool, progress: Progress | None
 ) -> Outcome:
-    """Simulate into `output`, or into a file named after the knobs."""
+    """Simulate into `output`, or into a file named after the knobs.
+
+    Raises Interrupted after a signal, when nothing is left.
+    """
     path = output or default_output(knobs)
-    return simulate(knobs, path, version=version, overwrite=overwrite, progress=progress)
+    with _ended_by_signals():
+        return simulate(knobs, path, version=version, overwrite=overwrite, progress=progress)
