@@ -467,9 +467,8 @@ def replay(
 ) -> None:
     """Ask whether a recording does what the model of its kernel does, record by record.
 
-    Exit status 1 at the first record that the model does not explain, or if the recording has no
-    end. A version of the series that was mailed with a wrong put (v9 as mailed, v8 without TDP) is
-    held against the right one, and diverges; --model v9-mailed explains its own bug.
+    Exit status 1 at the first record that it does not explain, or if the recording has no end. v9
+    as mailed and v8 without TDP are held against the right put; --model v9-mailed explains its bug.
     """
     from tracer.simulator.replay import conform, replay_lines
 

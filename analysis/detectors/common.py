@@ -120,8 +120,8 @@ def surely_before(
 ) -> npt.NDArray[np.bool_]:
     """Tell which of some records, (ts, cpu, seq), surely were made before others.
 
-    A cpu numbers its records: of one cpu the number tells, and where the times contradict it nothing
-    is sure. The clocks of two cpus differ by less than `CLOCKS_NS`.
+    A cpu numbers its records: of one cpu the number tells, and where the times contradict it
+    nothing is sure. The clocks of two cpus differ by less than `CLOCKS_NS`.
     """
     number, other = (one[2].astype(np.int64) for one in (first, then))
     ahead = other - number
