@@ -64,9 +64,6 @@ DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
     ("put_on_wrong_folio", "balance"): (
         Excuse("only where the folio that lost a reference had no other left"),
     ),
-    ("put_on_wrong_folio", "dead-mark"): (
-        Excuse("only where that folio's leaf was zapped when it had none left"),
-    ),
     ("resurrect", "balance"): (_NO_PUT,),
     ("resurrect", "refcounted-flag"): (
         Excuse("there is no flag, or the count is 1 when it is looked at: the fault holds the page",
@@ -118,6 +115,10 @@ PAGES: dict[tuple[str, str], tuple[Excuse, ...]] = {
     ),
     ("use_after_put", "dead-mark"): (
         Excuse("a page that was handed out again has a count when it is marked", at_least=0.4),
+    ),
+    ("stale_spte", "invalidation"): (
+        Excuse("made within 20 us of the invalidation, on another cpu: clocks may differ so much",
+               at_least=0.95, seldom=True),
     ),
     ("wrong_flag", "refcounted-flag"): (
         Excuse("said to be uncounted though it has a count: that alone proves nothing",

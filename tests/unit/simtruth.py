@@ -56,7 +56,7 @@ FINDS = {
 #: What the same bug makes happen to the same pages: right, but not the bug's own name.
 CONSEQUENCES = {
     "double_put": {"dead-mark", "refcounted-flag"},
-    "put_on_wrong_folio": {"balance", "dead-mark"},
+    "put_on_wrong_folio": {"balance"},
     "resurrect": {"use-after-free", "refcounted-flag"},
     "stale_spte": {"use-after-free", "dead-mark"},
     "stale_sequence": {"use-after-free", "dead-mark", "refcounted-flag"},
