@@ -133,7 +133,6 @@ def test_after_sigkill_the_file_opens_and_misses_at_most_the_last_second(
     armed = [run for run in runs if evidence.path(run["name"]).exists()]
     assert len(runs) == 12 and len(armed) >= 10
 
-    faulted = 0
     for run in armed:
         # When the file is read, which may end within a batch
         reader = TraceReader(evidence.path(run["name"]))
@@ -144,9 +143,7 @@ def test_after_sigkill_the_file_opens_and_misses_at_most_the_last_second(
         assert info["complete"] is False
         assert "killed" in info["reason"] or "truncated" in info["reason"]
         assert run["killed_ns"] - newest < 1_000_000_000, run
-        faulted += info["kinds"]["FAULT"] > 0
-    # On a slow host the first guests have not begun when their recorder is killed
-    assert faulted >= len(armed) // 2
+        assert info["kinds"]["FAULT"] > 0
 
 
 @killed
