@@ -18,6 +18,7 @@ from analysis.lifestore import (
     CENSORED,
     COUNT_KNOWN,
     DIRTY,
+    DOUBTED,
     LIFE,
     NONE,
     Array,
@@ -80,15 +81,16 @@ class Fields(dict[str, Array]):
 class Births:
     """How lives began: at some events, `since` the time of others (mostly the same).
 
-    Where the beginning is `censored` an event is the first one that was seen. Called with the name
-    of a field of `LIFE` it makes that column.
+    Where the beginning is `censored` an event is the first one that was seen; where it is `doubted`
+    it may be that of another life. Called with the name of a field of `LIFE` it makes that column.
     """
 
     def __init__(
-        self, events: Events, at: Array, since: Array, censored: Array, context: LifeContext
-    ) -> None:
+        self, events: Events, at: Array, since: Array, censored: Array, doubted: Array,
+        context: LifeContext,
+    ) -> None:  # fmt: skip
         self._events, self._at, self._since = events, at, since
-        self._censored, self._context = censored, context
+        self._censored, self._doubted, self._context = censored, doubted, context
 
     def __call__(self, name: str) -> Array:
         get, keys, at = self._events.columns, self._events.keys, self._at
@@ -109,7 +111,7 @@ class Births:
             return self._spte
         if name == "flags":
             flags = _flags(self._spte, self._context)
-            flags |= self._censored * np.uint8(CENSORED)
+            flags |= self._censored * np.uint8(CENSORED) | self._doubted * np.uint8(DOUBTED)
             flags |= self._known * np.uint8(COUNT_KNOWN)
             return flags
         if name == "refcount_min":

@@ -16,6 +16,7 @@ from probes.errors import PfntraceError
 __all__ = (
     "ACCESSED",
     "CENSORED",
+    "DOUBTED",
     "COUNT_KNOWN",
     "DIRTY",
     "LIFE",
@@ -68,7 +69,7 @@ LIFE = np.dtype(
 )
 _OPAQUE = np.dtype((np.void, LIFE.itemsize))
 #: Flags of a life.
-WRITABLE_EVER, ACCESSED, DIRTY, CENSORED, COUNT_KNOWN = 1, 2, 4, 8, 16
+WRITABLE_EVER, ACCESSED, DIRTY, CENSORED, COUNT_KNOWN, DOUBTED = 1, 2, 4, 8, 16, 32
 #: No slot: the end of a chain, a key that is not there.
 NONE = -1
 #: Open lives that are kept, 8 GiB of them: a quarter of a tebibyte in 4K pages.

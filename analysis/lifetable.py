@@ -17,6 +17,7 @@ from analysis.lifestore import (
     CENSORED,
     COUNT_KNOWN,
     DIRTY,
+    DOUBTED,
     SHADOW_BIT,
     VM_SHIFT,
     WRITABLE_EVER,
@@ -122,14 +123,16 @@ class _Part:
         return seen | ((self.last & np.uint64(mask)) != 0) if mask else seen
 
     def lost(self) -> _Values:
-        """Tell during which lives records were lost."""
+        """Tell during which lives records were lost, or whose install may be another's."""
+        doubted = self._flagged(DOUBTED)
         if not self.context.losses:
-            return False
+            return doubted
         birth = self.rows["birth_ts"]
         if self.censored is not False:
             birth = np.where(self.censored, np.uint64(0), birth)
         forever = np.full(len(birth), (1 << 64) - 1, np.uint64)
-        return self.context.lost(birth, forever if self.deaths is None else self.died("ts"))
+        lost = self.context.lost(birth, forever if self.deaths is None else self.died("ts"))
+        return lost | doubted
 
 
 _Columns = Callable[[_Part], _Values]

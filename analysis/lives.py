@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from analysis.columns import Records
 from analysis.lifecontext import LifeContext
+from analysis.lifedoubts import Doubts
 from analysis.lifeevents import MOVED_FROM, SPTE_COLUMNS, Events, events_of, expected
 from analysis.lifepairs import Lives, pair
 from analysis.lifeparts import (
@@ -84,7 +85,7 @@ class LifeBuilder:
         self._wanted = columns
         self._open = OpenLives()
         self._next = first_id
-        self._collapses = Collapses()
+        self._collapses, self._doubts = Collapses(), Doubts()
         #: Records so far by what became of them: life, orphan zap, orphan change, unknown op.
         self.accounted: Counter[str] = Counter()
         #: The records of `orphans`.
@@ -196,7 +197,10 @@ class LifeBuilder:
     def _block(self, events: Events, collapsed: Array, tables: list[LifeTable]) -> Lives:
         ts, vm = events.columns["ts"], events.columns["vm"]
         lives = pair(events.keys, self._open, lambda at: self._context.missable(vm[at], ts[at]))
-        block = _Block(events, lives, collapsed, self._open, self._context, self._next)
+        doubted = self._doubts.of(events, lives, self._open)
+        block = _Block(
+            events, lives, collapsed, doubted, self._open, self._context, self._next
+        )  # fmt: skip
         self._next += len(block.new)
         block.adopt()
         over = (lives.orphan == 0) & (lives.death != NONE)
@@ -231,11 +235,13 @@ class _Block:
         events: Events,
         lives: Lives,
         collapsed: Array,
+        doubted: Array,
         open_lives: OpenLives,
         context: LifeContext,
         first_id: int,
     ) -> None:
         self._events, self._lives, self._collapsed = events, lives, collapsed
+        self._doubted = doubted
         self._open, self._context = open_lives, context
         self._changes = changes_of(events, lives, context)
         is_new = (lives.orphan == 0) & (lives.slot == NONE)
@@ -248,7 +254,7 @@ class _Block:
         lives = self._lives
         births = Births(
             self._events, lives.first.take(part), lives.since.take(part),
-            lives.censored.take(part), self._context,
+            lives.censored.take(part), self._doubted.take(part), self._context,
         )  # fmt: skip
         rows = Fields(births, self._changes, part)
         rows["life_id"] = self._ids.take(part)
@@ -269,7 +275,8 @@ class _Block:
         if len(at):
             slots, first = self._lives.slot.take(at), self._lives.first.take(at)
             seen = np.zeros(len(at), bool)
-            births = Births(self._events, first, first, seen, self._context)
+            doubted = self._doubted.take(at)
+            births = Births(self._events, first, first, seen, doubted, self._context)
             self._open.rows[slots] = adopted(self._open.rows.take(slots), births)
 
     def touch(self) -> None:

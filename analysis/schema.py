@@ -203,7 +203,10 @@ _LIFE_COLUMNS = (
     ColumnSpec("mapcount_birth", "Int32", "", "Raw _mapcount of the page at birth."),
     ColumnSpec("censored_start", "bool", "", "Its birth was not seen: before the trace, or lost."),
     ColumnSpec("censored_end", "bool", "", "Its end was not seen: after the trace, or lost."),
-    ColumnSpec("lost", "bool", "", "SPTE records were lost while it lived: one may be its own."),
+    ColumnSpec(
+        "lost", "bool", "", "A record of it may be missing, or be another's: some were lost while "
+        "it lived, or its install may be that of a life that nobody saw begin, written late.",
+    ),
     ColumnSpec(
         "ended_by", "category", "", "zap; pfn_change, another page in the same SPTE; split into "
         "smaller leaves; collapse, its table gave way to a larger leaf, or made room for one; "

@@ -70,6 +70,9 @@ class _Maker:
         # install: the record, its number, what a zap would end a life by.
         self.open: dict[Place, list[Row]] = defaultdict(list)
         self.waiting: dict[Place, list[tuple[Row, int, str]]] = defaultdict(list)
+        # The zaps that ended lives which nobody saw begin, or which may be none: an install may be
+        # of one of these.
+        self.unseen: dict[Place, list[Row]] = defaultdict(list)
         # Thread -> its last install of a large leaf over a table.
         self.collapsing: dict[int, Row] = {}
 
@@ -91,14 +94,20 @@ class _Maker:
         """Begin a life. It is not `whole` if no install record says so: then it cannot be late."""
         there = self.open[place_of(row)]
         unseen = [life for life in there if life["birth_ts"] is None and life["pfn"] == row["pfn"]]
+        doubted = whole and any(
+            zap["pfn"] == row["pfn"] and is_late(row, zap) for zap in self.unseen[place_of(row)]
+        )
+        doubted |= any(life["doubted"] and life["pfn"] == row["pfn"] for life in there)
         if whole and unseen and is_late(row, unseen[0]["first"]):
             self.adopt(unseen[0], row)
+            unseen[0]["doubted"] = doubted
             return unseen[0]
         early = self.overtaken(row) if whole else []
         over = bool(early) and early[-1][0]["op"] == "zap"
         if not over:
             self.make_room(row)
         life = self.begin(row, row["pfn"], cause)
+        life["doubted"] = doubted
         for event, at, why in early:
             self.fates[at] = "life"
             if event["op"] == "zap":
@@ -131,6 +140,8 @@ class _Maker:
         splits = not is_shadow(row) and row["level"] > 1 and row["new"] & PRESENT
         life = self.find(row, row["pfn"])
         if life:
+            if (life["birth_ts"] is None or life["doubted"]) and not splits:
+                self.unseen[place_of(row)].append(row)
             self.end(life, row, "split" if splits else self.reason(row))
         else:
             self.fates[at] = "orphan zap"
@@ -280,6 +291,7 @@ class _Maker:
             "sptes": [],
             "changes": 0,
             "ended_by": "censored",
+            "doubted": False,
         }
         self.lives.append(life)
         self.open[place_of(row)].append(life)
@@ -352,6 +364,7 @@ def _complete(life: Row, rules: Rules, slots: Sequence[Row]) -> None:
         and (life["birth_ts"] is None or last >= life["birth_ts"])
         for first, last in rules.losses
     )
+    life["lost"] |= life.pop("doubted")
     life["page_class"] = _class(life["pfn"], life.pop("page"))
     life["slot"] = _slot(life, life.pop("slot_ts"), slots)
     del life["first"]

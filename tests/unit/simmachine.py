@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import pandas as pd
+import pyarrow as pa
 
+from analysis.columns import Records
+from analysis.lifeslots import Slots
 from analysis.lives import LifeBuilder, LifeContext
 from tracer.columns import ColumnMaker
 from tracer.simulator.clock import START_NS, Dice, Story, Task, Turns
@@ -31,23 +34,38 @@ PAGES = 1024
 _OPEN = ("gfn", "pfn", "level", "sptep", "birth_ts", "birth_cpu", "birth_seq", "changes")
 _ENDED = (*_OPEN, "death_ts", "death_cause", "death_cpu", "death_seq", "ended_by")
 
+_SLOT_COLUMNS = ("ts", "op", "vm", "as_id", "slot", "gfn", "npages")
+
 Lives = set[tuple[Any, ...]]
 
 
 class _Tap:
-    """Takes the place of the trace file: SPTE records become lives, the rest is forgotten."""
+    """Takes the place of the trace file: SPTE records become lives, with what SLOT records tell."""
 
     def __init__(self, results: dict[int, str]) -> None:
         self._maker = ColumnMaker(results)
-        self._builder = LifeBuilder(LifeContext(created=frozenset({1})))
+        self._slots: list[pa.RecordBatch] = []
+        self._changes: dict[str, Any] = {}
+        self._remember([])
+        context = LifeContext(created=frozenset({1}), slots=Slots(self._changes))
+        self._builder = LifeBuilder(context)
         self.ended: Lives = set()
         self.orphans = 0
 
     def write_group(self, groups: Iterable[tuple[str, Any]]) -> None:
-        for kind, records in groups:
+        batches = [(kind, self._maker.records(kind, records)) for kind, records in groups
+                   if kind in ("SPTE", "SLOT")]  # fmt: skip
+        self._remember([batch for kind, batch in batches if kind == "SLOT"])
+        for kind, batch in batches:
             if kind == "SPTE":
-                self.ended |= _rows(self._builder.feed(self._maker.records(kind, records)), _ENDED)
+                self.ended |= _rows(self._builder.feed(batch), _ENDED)
                 self.orphans += len(self._builder.orphan_records)
+
+    def _remember(self, batches: list[pa.RecordBatch]) -> None:
+        """Add changes of memslots to those that the lives are told of: the same dictionary."""
+        self._slots += batches
+        records = Records("SLOT", self._slots)
+        self._changes.update({name: records[name] for name in _SLOT_COLUMNS})
 
     def write_note(self, note: object, ts: int) -> None:
         """Notes do not matter to lives."""

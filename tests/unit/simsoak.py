@@ -12,6 +12,7 @@ as long as neither the model nor what judges it has changed.
 
 import gc
 import hashlib
+import itertools
 import pickle
 import sys
 import tempfile
@@ -41,6 +42,8 @@ _MEM = 2 << 20
 _MEM_MORE = dict.fromkeys(
     ("missing_put", "missing_put_shadow", "double_put", "stale_slot", "use_after_put"), 4 << 20
 )
+#: Two ways to be hostile at once.
+PAIRS = ["+".join(pair) for pair in itertools.combinations(HOSTILE, 2)]
 #: Of a kernel without a bug, in turn and not in step with scenarios and MMUs: many collide. A bug
 #: has few, since each vCPU must get far enough in so little memory to be hit.
 _VCPUS = (1, 2, 3, 4, 2, 7, 64)
@@ -53,8 +56,9 @@ _DEPENDS, _TELLS = ("analysis", "probes", "tests", "tracer"), ("simtable", "sime
 def jobs_of(seed: int) -> Iterator[Job]:
     """Yield what is simulated with one seed.
 
-    Clean, every bug on every kernel. Hostile, a sane kernel in every way, and with every second
-    seed each bug in one way, all ways in turn; of many seeds only some.
+    Clean, every bug on every kernel. Hostile, a sane kernel in every way and in two at once, all
+    pairs in turn, and with every second seed each bug in one way, all ways in turn; of many seeds
+    only some.
     """
     kinds = list(HOSTILE) if seed <= _HOSTILE_SEEDS or seed % _HOSTILE_EACH == 0 else []
     for at, kernel in enumerate(KERNELS):
@@ -63,7 +67,7 @@ def jobs_of(seed: int) -> Iterator[Job]:
                 yield kernel, bug, "", seed
                 if bug and kinds and (seed + at + number) % 2:
                     yield kernel, bug, kinds[seed % len(kinds)], seed
-        for kind in kinds:
+        for kind in [*kinds, PAIRS[(seed + at) % len(PAIRS)]] if kinds else ():
             yield kernel, "", kind, seed
 
 
@@ -76,7 +80,7 @@ def knobs_of(job: Job) -> Knobs:
         scenario=BUGS[bug].scenario if bug else scenarios[seed % len(scenarios)],
         bugs=(bug,) if bug else (),
         mmu=BUGS[bug].mmu if bug else ("", "tdp", "shadow")[seed % 3],
-        hostile=(kind,) if kind else (),
+        hostile=tuple(kind.split("+")) if kind else (),
         seed=seed,
         mem_bytes=_MEM_MORE.get(bug, _MEM),
         vcpus=1 + seed % 4 if bug else _VCPUS[seed % len(_VCPUS)],

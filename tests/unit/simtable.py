@@ -22,7 +22,7 @@ from tracer.simulator.kernels import KERNELS
 
 __all__ = ("Job", "Run", "Table")
 
-#: kernel, bug or "", hostile kind or "", seed
+#: kernel, bug or "", hostile kind, two as "skew+late", or "", seed
 Job = tuple[str, str, str, int]
 
 _HEAD = """# What the checks find of what the simulator plants
@@ -122,7 +122,7 @@ class Table:
         name = f"{kernel} {bug or '-'} {kind or 'clean'} seed {seed}: "
         told = [name + text for text in (*verdict.told, *run.unequal)]
         if kind:
-            self._accused[kind, kernel].add(len(verdict.told))
+            self._accused[_ways(kind), kernel].add(len(verdict.told))
             if bug in run.planted and not explained(bug, kernel):
                 self._became[kind][_became(bug, verdict)] += 1
         else:
@@ -272,7 +272,7 @@ class Table:
 
     def _hostile(self) -> str:
         rows = []
-        for kind in KINDS:
+        for kind in (*KINDS, _TWO):
             shares = [self._accused[kind, kernel] for kernel in KERNELS]
             rows.append([kind, *(f"{share.some:.0f} / {share.all:,.0f}" for share in shares)])
         text = _table(["records", *KERNELS], rows) + "\n" + _SEEN
@@ -285,6 +285,12 @@ class Table:
 
 
 _BECAME = ("found", "inconclusive", "nothing said")
+_TWO = "two at once"
+
+
+def _ways(kind: str) -> str:
+    """Return what a run's records suffered, as a row's name: "skew+late" is one of many pairs."""
+    return _TWO if "+" in kind else kind
 
 
 def _became(bug: str, verdict: Verdict) -> str:

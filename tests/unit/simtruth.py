@@ -64,6 +64,10 @@ CONSEQUENCES = {
     "wrong_flag": {"balance", "dead-mark"},
     "wrong_gfn": {"use-after-free", "dead-mark"},
 }
+#: What may become of a page that is mapped and has no reference.
+_FREED = {"freed", "freed by put", "freed by drain", "reused"}
+#: A free page's leaf says that it is counted: it was made too late, or its page put too often.
+_FREE_AND_BIT = {"bit set", "uncounted"}
 #: Bug -> detector -> the kinds of finding (`detail["shape"]`) that are right there; of what is not
 #: named any kind is, or the detector tells only one.
 SHAPES = {
@@ -72,13 +76,36 @@ SHAPES = {
         "balance": {"leak"},
         "growth": {"never freed", "new pages", "rises"},
     },
-    "double_put": {"balance": {"double put", "fewer than mapped", "put at count 0"}},
+    "double_put": {
+        "balance": {"double put", "fewer than mapped", "put at count 0"},
+        "use-after-free": _FREED,
+        "refcounted-flag": _FREE_AND_BIT,
+    },
     "put_on_wrong_folio": {"balance": {"put at count 0", "fewer than mapped"}},
-    "resurrect": {"balance": {"resurrected"}},
+    "use_after_put": {"dead-mark": {"marked at count 0"}},
+    "resurrect": {
+        "balance": {"resurrected"},
+        "use-after-free": _FREED,
+        "refcounted-flag": _FREE_AND_BIT,
+    },
     "zero_page_growth": {"balance": {"leak"}, "growth": {"rises"}},
-    "lockless_put": {"balance": {"put without a get", "put at count 0"}},
+    "lockless_put": {
+        "balance": {"put without a get", "put at count 0"},
+        "use-after-free": _FREED,
+    },
     "vcpu_map_leak": {"pins": {"leaked"}},
-    "stale_spte": {"use-after-free": {"freed", "freed by put", "freed by drain", "reused"}},
+    "stale_spte": {"use-after-free": _FREED},
+    "stale_sequence": {
+        "use-after-free": _FREED,
+        "refcounted-flag": _FREE_AND_BIT,
+        "dead-mark": {"marked at count 0", "zapped at count 0"},
+    },
+    "wrong_flag": {
+        "balance": {"leak"},
+        "refcounted-flag": {"bit set", "counted", "uncounted", "walked"},
+        "dead-mark": {"marked at count 0", "zapped at count 0"},
+    },
+    "wrong_gfn": {"use-after-free": _FREED},
 }
 #: Planted livelock -> the story that detector livelock must tell of it, and its verdict: only the
 #: two of KVM are KVM's, an invalidation without end is somebody's, the others are hosts at work.

@@ -18,6 +18,13 @@ def accused(path):
     return [(f.detector, f.title) for f in check_trace(path).findings if f.is_anomaly]
 
 
+def numbers(made):
+    """Return kind, cpu, number and time of all records that the kernel made."""
+    names = ("kind", "cpu", "seq", "ts")
+    rows = [row for row in made.rows() if row["kind"] not in ("LOSS", "NOTE")]
+    return [tuple(row[name] for name in names) for row in rows]
+
+
 @pytest.mark.parametrize("kernel", SANE)
 @pytest.mark.parametrize("scenario", ["migration", "thp"])
 def test_prefetched_tails_of_the_faults_own_folio_are_put_for_themselves(
@@ -40,6 +47,40 @@ def test_a_record_that_is_there_twice_is_taken_once(tmp_path):
     # AND pieces of any length leave out the same
     small = check_trace(made.outcome.trace, rows_max=7)
     assert small.duplicates == result.duplicates
+
+
+def test_records_that_come_twice_do_not_hide_how_many_are_lost(tmp_path):
+    # GIVEN a sane kernel some of whose records are lost, and others come twice
+    story = {"kernel": "6.13", "scenario": "thp", "mmu": "shadow", "vcpus": 4,
+             "mem_bytes": 6 << 20, "seed": 963023640910}  # fmt: skip
+    (tmp_path / "whole").mkdir()
+    whole = numbers(make(tmp_path / "whole", **story))
+    made = make(tmp_path, hostile=("loss", "duplicate"), **story)
+    # THEN as many are said to be lost as are missing, and that explains what seems to be
+    missing = len(whole) - len(set(numbers(made)))
+    assert check_trace(made.outcome.trace).info["lost"] == missing > 0
+    assert accused(made.outcome.trace) == []
+
+
+def test_a_copy_of_a_record_has_its_time_even_where_times_are_wrong(tmp_path):
+    made = make(tmp_path, vcpus=4, hostile=("reorder=0.2", "duplicate=0.2"))
+    known = numbers(made)
+    assert len(known) > len(set(known)) == len({key[:3] for key in known})
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12", "6.13", "v7"])
+@pytest.mark.parametrize(
+    ("hostile", "vcpus", "seed"), [("reorder", 7, 12), ("skew", 64, 27)], ids=["reorder", "skew"]
+)
+def test_in_a_late_recording_an_install_may_be_written_after_its_own_zap(
+    tmp_path, kernel, hostile, vcpus, seed
+):
+    # GIVEN a storm of invalidations in a VM that is older than the trace: nobody saw what the zap
+    # ended, so that it does not wait for its install
+    made = make(tmp_path, kernel=kernel, scenario="storm", vcpus=vcpus, seed=seed, mmu="",
+                mem_bytes=2 << 20, hostile=(hostile, "late"))  # fmt: skip
+    # THEN the mapping that seems to begin then, and to have no end, accuses nobody
+    assert accused(made.outcome.trace) == []
 
 
 def test_many_cpus_may_install_in_the_same_nanosecond(tmp_path):

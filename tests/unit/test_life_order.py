@@ -4,6 +4,7 @@ A thread writes its record after it has changed the SPTE, and another may be qui
 a record that comes late must not wait too long, end what came after, or be too much.
 """
 
+import pandas as pd
 import pytest
 from unit.life_rows import LATE, SEEN, change, chunks, install, lives_of, one, zap
 from unit.mmu_model import ACCESSED, DIRTY, FROZEN, HUGE, TABLE, leaf
@@ -172,3 +173,65 @@ def test_in_an_older_vm_the_life_that_the_change_showed_gets_its_beginning():
     assert not life["censored_start"] and (life["birth_ts"], life["birth_tid"]) == (50, 8)
     assert (life["refcount_birth"], life["refcount_min"], life["refcount_max"]) == (5, 2, 5)
     assert life["spte_birth"] == leaf(0x1000) and life["spte_last"] == before | DIRTY
+
+
+def cut_anywhere(rows):
+    """Make the lives of an older VM from records cut in two at each place, all the same."""
+    batch, tables = as_batch(rows), []
+    for at in range(len(rows) + 1):
+        builder = LifeBuilder(LATE)
+        parts = [builder.feed(batch.slice(0, at)), builder.feed(batch.slice(at)), builder.finish()]
+        table = pd.concat([part for part in parts if len(part)])
+        tables.append(table.sort_values("life_id", ignore_index=True))
+        pd.testing.assert_frame_equal(tables[-1], tables[0])
+    return tables[0]
+
+
+def test_in_an_older_vm_an_install_after_a_zap_may_be_that_of_the_zap():
+    # GIVEN a zap of what nobody saw mapped, and an install whose fault had begun by then
+    rows = [zap(50, tid=9), install(60, fault_ts=40, tid=8)]
+    # THEN there are two lives, and of the second nobody is sure: it accuses nobody
+    table = cut_anywhere(rows)
+    assert table["censored_start"].tolist() == [True, False]
+    assert table["lost"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "install_later",
+    [{"fault_ts": 55, "tid": 8}, {"fault_ts": 40, "tid": 9}, {"fault_ts": 0, "tid": 8},
+     {"fault_ts": 40, "tid": 8, "pfn": 0x2000}],
+    ids=["its fault began later", "the same thread", "no fault", "another page"],
+)  # fmt: skip
+def test_an_install_in_an_older_vm_that_cannot_have_been_done_by_then_is_sure(install_later):
+    table = cut_anywhere([zap(50, tid=9), install(60, **install_later)])
+    assert not table["lost"].any()
+
+
+def test_nobody_is_sure_of_what_begins_while_such_a_life_is_open():
+    # GIVEN such a life, and another install in its place: the zap that follows ends one of the two
+    rows = [
+        zap(50, tid=9),
+        install(60, fault_ts=40, tid=8),
+        install(200, fault_ts=190, tid=8),
+        zap(210, tid=9),
+        install(900, fault_ts=890, tid=8),
+    ]
+    # THEN neither is sure, nor what begins while one of them is left
+    assert cut_anywhere(rows)["lost"].tolist() == [False, True, True, True]
+
+
+def test_nor_of_what_begins_after_such_a_life_if_its_install_may_be_late_again():
+    # GIVEN a cpu whose clock is ahead: each install is written after its own zap (the simulator's
+    # hostile skew, 6.12, seed 27)
+    rows = [
+        zap(50, tid=9),
+        install(51, fault_ts=40, tid=8),
+        zap(150, tid=9),
+        install(151, fault_ts=140, tid=8),
+        zap(250, tid=9),
+        install(251, fault_ts=240, tid=8),
+    ]
+    assert cut_anywhere(rows)["lost"].tolist() == [False, True, True, True]
+    # BUT of one whose fault began after the last zap everybody is
+    table = cut_anywhere([*rows, zap(350, tid=9), install(400, fault_ts=390, tid=8)])
+    assert table["lost"].tolist()[-1] is False

@@ -31,7 +31,7 @@ from unit.mmu_model import (
 from unit.naive_lives import Rules, naive_lives
 from unit.spte_rows import as_batch, plain, slot_changes
 
-from analysis import lifepairs, lifestore, lifewalk, lives, schema
+from analysis import lifedoubts, lifepairs, lifestore, lifewalk, lives, schema
 from analysis.lifecontext import LifeContext
 from analysis.lives import SPTE_COLUMNS, LifeBuilder, lives_of
 from tracer.tracefile import TraceReader
@@ -167,7 +167,7 @@ any_cuts = st.lists(st.integers(0, 60), max_size=4)
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """Records come late by a few ns, as many as the made-up traces are long."""
-    for module in (lives, lifewalk, naive_lives_module):
+    for module in (lifedoubts, lives, lifewalk, naive_lives_module):
         monkeypatch.setattr(module, "LATE_NS", 25)
 
 
@@ -322,7 +322,7 @@ def test_installs_that_are_written_down_late_are_found(blocks, script, cuts, lat
     model = played(script, frozenset())
     rules = Rules((1, 2, 3), accessed_mask=ACCESSED, dirty_mask=DIRTY)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lives, lifewalk, naive_lives_module):
+        for module in (lifedoubts, lives, lifewalk, naive_lives_module):
             patch.setattr(module, "LATE_NS", 10**6)
         # WHEN
         table = both(written_late(model.rows, late), rules, cuts, [])

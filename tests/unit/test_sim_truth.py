@@ -1,6 +1,7 @@
 """Lives and checks against the truth: a few seeds here, 20 in `make test`, more in `make soak`."""
 
 import dataclasses
+from collections import Counter
 from zlib import crc32
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from unit.simexcuses import Excuse, check_names, excuse, explained
 from unit.simkit import make
-from unit.simsoak import Kept, jobs_of, one
+from unit.simsoak import Kept, jobs_of, knobs_of, one
 from unit.simtable import Table
 from unit.simtruth import (
     COLUMNS,
@@ -209,7 +210,14 @@ def test_the_soak_simulates_every_kernel_with_every_bug_clean_and_hostile():
     pairs = {(kernel, bug) for bug in BUGS for kernel in BUGS[bug].kernels}
     for clean in (True, False):
         assert pairs == {(k, b) for k, b, kind, _ in jobs if b and (not kind) == clean}
-    assert {kind for _, bug, kind, _ in jobs if not bug} == {"", *HOSTILE}
+    alone = {kind for _, bug, kind, _ in jobs if not bug and "+" not in kind}
+    assert alone == {"", *HOSTILE}
+
+
+def test_the_soak_lets_records_suffer_in_two_ways_at_once_all_pairs_in_turn():
+    pairs = Counter(job[2] for seed in range(1, 22) for job in jobs_of(seed) if "+" in job[2])
+    assert len(pairs) == 21 and set(pairs.values()) == {len(KERNELS)}
+    assert knobs_of(("6.12", "", "skew+late", 5)).hostile == ("skew", "late")
 
 
 def test_a_soak_that_was_interrupted_goes_on_where_it_was(tmp_path, monkeypatch):

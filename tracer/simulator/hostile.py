@@ -59,7 +59,8 @@ def parse_hostile(texts: Sequence[str], seed: int) -> "Hostile":
 
 
 class Hostile:
-    """What happens to groups of records; called with one, it returns what is left of it."""
+    """What happens to groups of records; called with one, it returns what is not lost of it, and
+    that as it gets into the file."""
 
     def __init__(self, amounts: dict[str, float], seed: int) -> None:
         self._amounts, self._seed = amounts, seed ^ 0x5EED
@@ -85,11 +86,17 @@ class Hostile:
         end = START_NS + int(length_ns * (1 - killed)) if killed else FOREVER
         return (START_NS + int(length_ns * late) if late else 0), end
 
-    def __call__(self, group: Group) -> Group:
-        left = [(kind, self._one(records.copy())) for kind, records in group]
-        return [part for part in left if len(part[1])]
+    def __call__(self, group: Group) -> tuple[Group, Group]:
+        left: Group = []
+        written: Group = []
+        for kind, records in group:
+            kept = self._left(records.copy())
+            if len(kept):
+                left.append((kind, kept))
+                written.append((kind, self._garbled(kept.copy())))
+        return left, written
 
-    def _one(self, records: Records) -> Records:
+    def _left(self, records: Records) -> Records:
         amounts = self._amounts
         if "skew" in amounts:
             records = self._skewed(records, int(amounts["skew"]))
@@ -97,13 +104,18 @@ class Hostile:
             records = records[self._kept(len(records), amounts["loss"], _BURST)]
         if "drop" in amounts:
             records = records[self._kept(len(records), amounts["drop"], 1)]
-        if "duplicate" in amounts:
-            twice = ~self._kept(len(records), amounts["duplicate"], 1)
-            records = order(np.concatenate([records, records[twice]]))
+        return records
+
+    def _garbled(self, records: Records) -> Records:
+        amounts = self._amounts
         if "reorder" in amounts:
             moved = ~self._kept(len(records), amounts["reorder"], 1)
             records["h"]["ts"][moved] += np.uint64(_MOVED_NS)
             records = order(records)
+        # After that: the two have one time, since it was taken once.
+        if "duplicate" in amounts:
+            twice = ~self._kept(len(records), amounts["duplicate"], 1)
+            records = order(np.concatenate([records, records[twice]]))
         return records
 
     def _kept(self, count: int, share: float, burst: int) -> npt.NDArray[np.bool_]:

@@ -53,8 +53,9 @@ _RELEASE: Final = KIND["RELEASE"]
 _SPTE: Final = KIND["SPTE"]
 _INVALIDATE: Final = KIND["INVALIDATE"]
 
-#: What may happen to the records on their way to the file (hostile mode).
-Tamper = Callable[[Group], Group]
+#: What may happen to the records on their way to the file (hostile mode): what of them is not
+#: lost, and that as it is written.
+Tamper = Callable[[Group], tuple[Group, Group]]
 
 
 class _Store:
@@ -288,17 +289,17 @@ class Recorder:
 
     def _tampered(self, group: Group) -> Group:
         assert self._tamper is not None
-        left = self._tamper(group)
+        left, written = self._tamper(group)
         for sign, records in ((1, group), (-1, left)):
             for kind, part in records:
                 cpus = np.bincount(part["h"]["cpu"], minlength=self._lost.shape[1])
                 self._lost[KIND[kind]] += sign * cpus[: self._lost.shape[1]]
-        return left
+        return written
 
     def _counts(self) -> dict[str, list[tuple[int, int, int, int]]]:
         return {
             kind: [
-                (int(made), max(0, int(lost)), 0, 0)
+                (int(made), int(lost), 0, 0)
                 for made, lost in zip(self._produced[number], self._lost[number], strict=True)
             ]
             for kind, number in KIND.items()
@@ -310,7 +311,7 @@ class Recorder:
         return {
             kind: {
                 "produced": int(self._produced[number].sum()),
-                "lost": max(0, int(self._lost[number].sum())),
+                "lost": int(self._lost[number].sum()),
                 "filtered": 0,
                 "torn": 0,
             }
