@@ -46,6 +46,7 @@ FINDS = {
     "obsolete_root": {"livelock"},
     "invalid_slot": {"livelock"},
     "vcpu_map_leak": {"pins"},
+    "cache_leak": {"pins"},
     "zero_page_growth": {"growth", "balance"},
     "lockless_put": {"balance"},
     "wrong_flag": {"refcounted-flag"},
@@ -94,6 +95,7 @@ SHAPES = {
         "use-after-free": _FREED,
     },
     "vcpu_map_leak": {"pins": {"leaked"}},
+    "cache_leak": {"pins": {"refreshed"}},
     "stale_spte": {"use-after-free": _FREED},
     "stale_sequence": {
         "use-after-free": _FREED,

@@ -69,6 +69,8 @@ BUGS: Mapping[str, Bug] = {
             "KVM-FACTS 7 #12d", _ALL, "slots", 1.0),
         Bug("vcpu_map_leak", "kvm_vcpu_map() without kvm_vcpu_unmap()",
             "KVM-FACTS 7 #20", _ALL, "nested", 0.2),
+        Bug("cache_leak", "a pfn cache keeps a reference whenever it finds its page again",
+            "KVM-FACTS 7 #21: 3dddf65b4f4c", _ALL, "kvmclock", 1.0),
         Bug("zero_page_growth", "faults on the zero page keep their references",
             "KVM-FACTS 7 #8: 7df003c85218", _PUTS, "idle", 1.0),
         Bug("lockless_put", "a retry without lock gives back a reference that was never held",

@@ -128,12 +128,12 @@ class Root:
 
 
 class PfnCache:
-    """A gfn_to_pfn_cache; `valid` until the mmu notifier takes its page."""
+    """A gfn_to_pfn_cache of page `pfn`; `valid` until the mmu notifier takes that."""
 
-    __slots__ = ("gfn", "hva", "valid")
+    __slots__ = ("gfn", "hva", "pfn", "valid")
 
     def __init__(self, gfn: int, hva: int) -> None:
-        self.gfn, self.hva, self.valid = gfn, hva, False
+        self.gfn, self.hva, self.pfn, self.valid = gfn, hva, -1, False
 
 
 class Vm:

@@ -58,15 +58,20 @@ def _refresh(world: World, vm: Vm, task: Task, slot: Slot, cache: PfnCache) -> S
             yield task.now
         again = vm.seq != seq or vm.in_progress > 0
         put = task.now
-        world.out.release(task, put, CALL[kernel.cache_call], 0, pfn, page)
-        world.host.put(task, page)
+        # Before 3dddf65b4f4c (5.19) hva_to_pfn_retry() kept what it got of a page that it had.
+        if not again and pfn == cache.pfn and world.strikes("cache_leak"):
+            world.ledger.bug("cache_leak", vm.id, got, cache.gfn, pfn)
+            put = 0
+        else:
+            world.out.release(task, put, CALL[kernel.cache_call], 0, pfn, page)
+            world.host.put(task, page)
         world.ledger.references.append(
-            REFERENCES.pack(vm.id, -1, _TAKER, cache.gfn, pfn, 0, got, put, pfn)
+            REFERENCES.pack(vm.id, -1, _TAKER, cache.gfn, pfn, 0, got, put, pfn if put else 0)
         )
         task.now += 600
         if not again:
             break
         task.now += 2000
-    cache.valid = True
+    cache.valid, cache.pfn = True, pfn
     world.out.event(task, task.now, "PIN", "refresh", gfn=cache.gfn, pfn=pfn, b=cache.hva,
                     page=page, vm=vm.id)  # fmt: skip
