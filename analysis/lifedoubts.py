@@ -9,7 +9,8 @@ of such a life that is over. May import: numpy, `analysis.lifeevents`, `analysis
 `analysis.lifestore`, `analysis.lifewalk`.
 """
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,10 @@ class Doubts:
         order = np.argsort(zaps["leaf"], kind="stable")
         leaf = zaps["leaf"][order]
         low, high = (np.searchsorted(leaf, said["leaf"], side) for side in ("left", "right"))
+        # The last zap of the same leaf, or another leaf's, which low < high leaves out.
+        latest = zaps["ts"][order].take(np.maximum(high, 1) - 1)
         found = []
-        for one in places((low < high) & (fault_ts <= zaps["ts"].max())).tolist():
+        for one in places((low < high) & (fault_ts <= latest)).tolist():
             rows = order[low[one] : high[one]]
             ts = zaps["ts"][rows]
             near = (ts >= fault_ts[one]) & (ts + np.uint64(LATE_NS) >= said["ts"][one])
@@ -99,20 +102,19 @@ class Doubts:
             begin, death = int(lives.first[number]), int(lives.death[number])
             steps += [(begin, False, number, which)] if begin != NONE else []
             steps += [(death, True, number, which)] if death > begin else []
-        ended: list[tuple[int, int]] = []
+        ended: defaultdict[int, list[int]] = defaultdict(list)
         for at, ends, number, which in sorted(steps):
             if ends and doubted[number]:
                 self._open[which] -= 1
                 if not lives.superseded[number] and _is_zap(events, at):
-                    ended.append((which, at))
+                    ended[which].append(at)
             elif not ends:
-                doubted[number] |= self._open[which] > 0 or any(
-                    one == which and _may_be_before(events, at, zap) for one, zap in ended
-                )
+                doubted[number] |= self._open[which] > 0
+                doubted[number] |= _may_be_before(events, at, ended[which])
                 stays = lives.death[number] == NONE or lives.death[number] > at
                 self._open[which] += int(doubted[number] and stays)
         self._open = +self._open
-        self._remember(events, np.array([at for _, at in ended], np.int64))
+        self._remember(events, np.array([*itertools.chain(*ended.values())], np.int64))
 
 
 def _unseen_zaps(events: Events, lives: Lives, open_lives: OpenLives) -> Array:
@@ -137,15 +139,17 @@ def _can_be_late(events: Events, at: Array | int) -> Any:
     return install & (True if keys.plain is None else keys.plain[at])
 
 
-def _may_be_before(events: Events, install: int, zap: int) -> bool:
-    """Tell whether an install may have been done before a zap whose record comes before its own."""
-    ts, began, tid = (events.columns[name] for name in ("ts", "fault_ts", "tid"))
-    return bool(
-        _can_be_late(events, install)
-        and began[install] <= ts[zap]
-        and ts[install] <= ts[zap] + np.uint64(LATE_NS)
-        and tid[install] != tid[zap]
-    )
+def _may_be_before(events: Events, install: int, zaps: list[int]) -> bool:
+    """Tell whether an install may have been done before one of some zaps that were written first.
+
+    These are in order of time.
+    """
+    ts, tid = events.columns["ts"], events.columns["tid"]
+    if not zaps or not _can_be_late(events, install):
+        return False
+    since = max(int(events.columns["fault_ts"][install]), int(ts[install]) - LATE_NS)
+    near = itertools.takewhile(lambda zap: ts[zap] >= since, reversed(zaps))
+    return any(tid[zap] != tid[install] for zap in near)
 
 
 def _said(events: Events, at: Array) -> dict[str, Any]:
