@@ -64,6 +64,10 @@ DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
     ("put_on_wrong_folio", "balance"): (
         Excuse("only where the folio that lost a reference had no other left"),
     ),
+    ("put_on_wrong_folio", "dead-mark"): (
+        Excuse("only where the folio that lost a reference had no other left when it was zapped",
+               seldom=True),
+    ),
     ("resurrect", "balance"): (_NO_PUT,),
     ("resurrect", "refcounted-flag"): (
         Excuse("there is no flag, or the count is 1 when it is looked at: the fault holds the page",

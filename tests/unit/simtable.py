@@ -167,13 +167,14 @@ class Table:
                 if complaint:
                     told.append(f"{title} of {bug} by {name} on {kernel} {complaint}")
             for (bug, name), reasons in excuses.items():
-                seldom = all(reason.seldom for reason in reasons)
-                if len(self._seeds) < (PLENTY if seldom else ENOUGH):
+                if not self._enough(reasons):
                     continue
                 mine = [share.value for key, share in shares.items() if key[:2] == (bug, name)]
                 if mine and min(mine) >= 1:
                     told.append(f"{title} of {bug} by {name} is 1.00 everywhere, and explained")
-        for bug, name in _pairs() if len(self._seeds) >= ENOUGH else ():
+        for bug, name in _pairs():
+            if not self._enough(DETECTORS.get((bug, name), ())):
+                continue
             if not any(s.some for key, s in self._which.items() if key[:2] == (bug, name)):
                 told.append(f"{name} never named {bug}: take it out of what is expected")
         for bug in BUGS:
@@ -185,6 +186,11 @@ class Table:
                 told.append(f"{kind}: of {count[_BECAME[2]]} planted bugs nothing was said")
         self.bad += len(told)
         return told
+
+    def _enough(self, excuses: tuple[Excuse, ...]) -> bool:
+        """Are there seeds enough to say that something never happens, or always?"""
+        seldom = bool(excuses) and all(one.seldom for one in excuses)
+        return len(self._seeds) >= (PLENTY if seldom else ENOUGH)
 
     def _with_excuses(
         self,

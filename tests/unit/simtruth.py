@@ -57,7 +57,7 @@ FINDS = {
 #: What the same bug makes happen to the same pages: right, but not the bug's own name.
 CONSEQUENCES = {
     "double_put": {"dead-mark", "refcounted-flag"},
-    "put_on_wrong_folio": {"balance"},
+    "put_on_wrong_folio": {"balance", "dead-mark"},
     "resurrect": {"use-after-free", "refcounted-flag"},
     "stale_spte": {"use-after-free", "dead-mark"},
     "stale_sequence": {"use-after-free", "dead-mark", "refcounted-flag"},
@@ -82,7 +82,10 @@ SHAPES = {
         "use-after-free": _FREED,
         "refcounted-flag": _FREE_AND_BIT,
     },
-    "put_on_wrong_folio": {"balance": {"put at count 0", "fewer than mapped"}},
+    "put_on_wrong_folio": {
+        "balance": {"put at count 0", "fewer than mapped"},
+        "dead-mark": {"marked at count 0", "zapped at count 0"},
+    },
     "use_after_put": {"dead-mark": {"marked at count 0"}},
     "resurrect": {
         "balance": {"resurrected"},
