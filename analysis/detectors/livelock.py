@@ -260,8 +260,12 @@ class Livelock:
             return 0
         ends = self._counts.ends.get(run.vm, 0)
         newest = self._counts.newest.get(run.vm)
-        # Nothing was begun any more until the VM was gone, so that the ends cross no start.
-        final = run.after >= ROUNDS and newest == run.since and run.vm in self._gone
+        # What waits for mmu_lock in its start is counted already, and has no record: only when the
+        # VM is gone nothing waits any more.
+        if newest is None or run.vm not in self._gone:
+            return 0
+        # Nothing was begun any more until then, so that the ends cross no start.
+        final = run.after >= ROUNDS and newest == run.since
         return ends if final or ends >= ENDS else 0
 
     def _records(self, run: _Run) -> tuple[tuple[str, int, int, int], ...]:

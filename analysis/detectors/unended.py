@@ -3,8 +3,9 @@
 The count is taken down under mmu_lock before the record of an end is written. So where nothing is
 in progress by the records and was nothing by the count either (as in a new VM), an end that still
 counts something can be the fault of two that cross: the start of the other was counted, and its
-record comes when it returns. Several such ends in a row are none, nor is one that no start follows
-while the VM lives: mmu_notifier_unregister() waits for all that are at work (mm/mmu_notifier.c).
+record comes when it returns, after milliseconds where many want mmu_lock. Several such ends in a
+row are none, nor is one that no start follows, once the VM is gone: mmu_notifier_unregister() waits
+for all that are at work (mm/mmu_notifier.c).
 May import: `analysis`, numpy.
 """
 
