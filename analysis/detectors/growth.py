@@ -246,7 +246,10 @@ class Growth:
         at = self._pages.at(pfn)
         ts, at = ts[at >= 0], at[at >= 0]
         pages = self._pages
-        again = pages["ts"][at] > ts
+        # What lies between two frees of a page is over, as what lies before the first.
+        newest = len(at) - 1 - np.unique(at[::-1], return_index=True)[1]
+        again = np.zeros(len(at), np.bool_)
+        again[newest] = pages["ts"][at[newest]] > ts[newest]
         sane = (pages["gets"][at] > 0) & ((pages["state"][at] & _ZAPPED) != 0)
         self._groups.freed(pages["group"][at[sane & (pages["excess"][at] == 0)]])
         pages["gets"][at] = 0

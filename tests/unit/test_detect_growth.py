@@ -156,6 +156,20 @@ def test_a_few_leaks_that_no_record_shows_are_too_old_for_lru_batches(tmp_path):
     assert only(told(path, NAME, rows_max=200)).pages == finding.pages
 
 
+def test_what_lies_between_two_frees_of_a_page_is_over(tmp_path):
+    # GIVEN pages that were freed, handed out, let go and freed again within one piece of the trace
+    made = make(tmp_path, kernel="v7", scenario="nested", mmu="tdp", bugs=("missing_put",),
+                vcpus=2, mem_bytes=8 << 20, faults=1500, seed=2076047)  # fmt: skip
+    freed = pd.DataFrame(made.rows("PAGE_FREE")).groupby("pfn")["ts"].max()
+    sptes = pd.DataFrame(made.rows("SPTE"))
+    zapped = sptes[sptes["op"] == "zap"].groupby("pfn")["ts"].max()
+    over = set(freed.index[freed > zapped.reindex(freed.index)])
+    # THEN none of them is said never to have been freed
+    finding = only(told(made.path, NAME))
+    named = {pfn for first, last in finding.pfns for pfn in range(first, last + 1)}
+    assert named and over and not named & over
+
+
 @pytest.mark.parametrize("newest", [True, False], ids=["newest", "of a quiet cpu"])
 def test_pages_in_lru_batches_at_the_end_are_not_old(newest, tmp_path):
     # GIVEN a sane kernel, and 31 pages that a batch holds: the newest ones of a cpu that is at

@@ -59,6 +59,24 @@ def test_a_name_that_is_too_long_for_a_truth_is_told_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("trouble", [KeyboardInterrupt, OutputError("full"), MemoryError])
+def test_what_ends_it_early_leaves_what_was_to_be_overwritten(tmp_path, monkeypatch, trouble):
+    # Given a simulation
+    simulate(SMALL, tmp_path / "run.pfnt", version="0")
+    mine = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    # When one that would take its place fails in its midst
+    def fail(*_some):
+        raise trouble
+
+    monkeypatch.setattr(TraceWriter, "write_losses", fail)
+    with pytest.raises(BaseException) as told:
+        simulate(SMALL, tmp_path / "run.pfnt", version="0", overwrite=True)
+    assert told.type is (trouble if isinstance(trouble, type) else type(trouble))
+    # Then the old one is there, and nothing else
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == mine
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, OutputError("full"), MemoryError])
 def test_what_ends_a_simulation_early_leaves_nothing(tmp_path, monkeypatch, trouble):
     # Given something that goes wrong when the first records are written
     def fail(*_some):

@@ -61,6 +61,14 @@ def test_real_recordings_conform(kernel, workload):
     assert next(replay_lines(answer)).startswith("conforms: ")
 
 
+def test_a_pfn_cache_holds_its_page_for_a_moment_before_its_record(tmp_path):
+    # Given a kernel whose puts no record shows, a fault on a page that a cache looks up just then
+    made = make(tmp_path, kernel="v7", scenario="kvmclock", vcpus=3, mem_bytes=1 << 20,
+                seed=2713057, mmu="tdp")  # fmt: skip
+    answer = conform(made.path)
+    assert answer.conforms, answer.expected
+
+
 def test_a_real_nested_guest_conforms():
     assert conform(TRACES / "nested-6.12.pfnt").conforms
 

@@ -169,6 +169,25 @@ def test_two_vcpus_that_read_one_uncounted_page_at_the_same_time(kernel):
     tell(text, {"kernel": kernel, "mmu": "tdp", "vcpus": 2, "seed": 23, "faults": 300})
 
 
+@pytest.mark.parametrize(
+    ("other", "kernel", "mmu", "vcpus", "seed"),
+    [("merge", "6.12", "tdp", 2, 1), ("discard", "6.13", "tdp", 3, 2),
+     ("discard", "6.13", "shadow", 3, 2)],
+)  # fmt: skip
+def test_two_that_take_the_same_page_away(other, kernel, mmu, vcpus, seed):
+    # Who waited for an invalidation to begin looked at the page only before: two put it, and it
+    # was free while it was mapped. A merge and another, and a copy on write beside a discard.
+    text = (
+        "title = 'x'\n[[memory]]\nname = 'b'\nkind = 'anon'\ngfn = 0x10000\nshare = 1.0\n"
+        "[[phase]]\ntouch = { memory = 'b', order = 'random', write = 0.8 }\n"
+        "host = [{ do = 'merge', memory = 'b', times = 'busy', every_us = 30 },\n"
+        f"{{ do = '{other}', memory = 'b', {'pages = 32, ' if other == 'discard' else ''}"
+        "times = 'busy', every_us = 30 }]\n"
+    )
+    tell(text, {"kernel": kernel, "mmu": mmu, "vcpus": vcpus, "seed": seed, "faults": 1500,
+                "mem_bytes": 2 << 20})  # fmt: skip
+
+
 @pytest.mark.parametrize("kernel", ["v7", "v10"])
 def test_a_page_that_was_freed_twice_after_one_lost_unmap(tmp_path, kernel):
     # Found by the soak: one unmap was lost, the page freed, handed out and freed again, and two

@@ -43,6 +43,12 @@ def host_fault(
     page = fresh_page(world.host, task)
     hva = mapping.hva + (index << 12)
     yield from start(world, vm, task, hva, hva + 4096, "clear")
+    found = mapping.pages.get(index)
+    if found != entry:  # somebody was faster: the PTE is another one under its lock
+        yield from end(world, vm, task, hva, hva + 4096, "clear")
+        page.mapcount -= 1
+        world.host.put(task, page)
+        return mapping.pages.get(index) or populate(world.host, task, mapping, index, write=write)
     mapping.pages[index] = (page, page.pfn, True)
     yield from end(world, vm, task, hva, hva + 4096, "clear")
     old = entry[0]

@@ -148,6 +148,7 @@ def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
     """merge: KSM replaces pages by one shared, read-only page; writes copy it again."""
     mapping, host = slot.mapping, world.host
     shared: Page | None = None
+    since = 0  #: when that was shared first: afterwards it must not have been freed
     for _ in _rounds(world, args):
         index = world.dice.below(mapping.npages)
         entry = mapping.pages.get(index)
@@ -158,9 +159,12 @@ def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
             continue
         hva = mapping.hva + (index << 12)
         yield from start(world, vm, task, hva, hva + 4096, "clear")
+        if mapping.pages.get(index) != entry:  # somebody was quicker: write_protect_page() fails
+            yield from end(world, vm, task, hva, hva + 4096, "clear")
+            continue
         page = entry[0]
-        if shared is None or shared.count <= 0:
-            shared = page
+        if shared is None or shared.count <= 0 or shared.freed_at >= since:
+            shared, since = page, task.now
             mapping.pages[index] = (page, page.pfn, False)
         else:
             shared.count += 1

@@ -56,7 +56,8 @@ def _refresh(world: World, vm: Vm, task: Task, slot: Slot, cache: PfnCache) -> S
         task.now += 4000
         if task.now > world.turns.next:
             yield task.now
-        again = vm.seq != seq or vm.in_progress > 0
+        # mmu_notifier_retry_cache(): mn_active_invalidate_count, not the count of faults.
+        again = vm.seq != seq or vm.active_invalidations > 0
         put = task.now
         # Before 3dddf65b4f4c (5.19) hva_to_pfn_retry() kept what it got of a page that it had.
         if not again and pfn == cache.pfn and world.strikes("cache_leak"):

@@ -7,6 +7,7 @@ library, `tracer`.
 import dataclasses
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,17 @@ def _sight(reader: TraceReader, facts: KernelFacts, kernel: Kernel) -> Sight:
         marks=any(symbol.startswith(marks) for symbol in symbols),
         lru=1 << facts.enums["PG_lru"] if "PG_lru" in facts.enums else 0,
         anonymous=_anonymous(reader),
+        cached=_cached(reader),
     )
+
+
+def _cached(reader: TraceReader) -> dict[int, int]:
+    """Return of how many pfn caches each page ever was."""
+    seen = set()
+    for batch in reader.records(["PIN"], ["op", "vm", "gfn", "pfn"]):
+        rows = batch.to_pylist()
+        seen |= {(row["vm"], row["gfn"], row["pfn"]) for row in rows if row["op"] == "refresh"}
+    return Counter(pfn for _, _, pfn in seen)
 
 
 def _anonymous(reader: TraceReader) -> tuple[tuple[int, int], ...]:

@@ -155,8 +155,8 @@ class FaultRules(LeafRules):
         """Where no record shows the put, the count after the fault must.
 
         A page of private anonymous memory is held by each mapping, by an LRU batch while it is new,
-        by kvm_vcpu_map() and for a moment by whoever prefetches it. A driver's page has the count
-        that the last fault left.
+        by kvm_vcpu_map(), for a moment by a pfn cache and by whoever prefetches it. A driver's page
+        has the count that the last fault left.
         """
         kernel = self._kernel
         put = kernel.shadow_put or kernel.put if row["mmu"] == "shadow" else kernel.put
@@ -174,9 +174,12 @@ class FaultRules(LeafRules):
             most -= 1
         if end > most:
             most += len(self._state(row).pins.get(row["pfn"], ()))
+            most += self.sight.cached.get(row["pfn"], 0)
             most += sum(other.prefetched == row["pfn"] for other in self._faults.values())
         if end > most:
-            return f"a count of {most} at most after the fault: mappings, an LRU batch, pins"
+            return (
+                f"a count of {most} at most after the fault: mappings, an LRU batch, pins, caches"
+            )
         return ""
 
     def _is_anonymous(self, hva: int | None) -> bool:

@@ -5,6 +5,7 @@ May import: standard library, `tracer.simulator`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from tracer.simulator.kernels import REFCOUNTED_BIT, Kernel
 from tracer.simulator.replaystate import FaultSoFar, LeafSeen, Pending, Row, VmSeen
@@ -33,6 +34,8 @@ class Sight:
     lru: int = 0
     #: host ranges [start, end) of private anonymous memory
     anonymous: tuple[tuple[int, int], ...] = ()
+    #: page -> pfn caches that ever had it: each holds a reference for a moment before its record
+    cached: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 class LeafRules:

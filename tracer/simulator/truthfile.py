@@ -34,18 +34,35 @@ def new_files(trace: Path, *, overwrite: bool) -> Iterator[list[Path]]:
     """Take care of a trace and its truth: whoever makes a file of them adds it to the list.
 
     Raises OutputError before anything is made if one is there already (unless `overwrite`) or is
-    no ordinary file. If the block fails, what was made is removed: half a truth beside half a trace
-    would look like a whole story.
+    no ordinary file. If the block fails, what was made is removed, since half a truth beside half a
+    trace would look like a whole story, and what was to be overwritten is there again.
     """
-    for path in (trace, *truth_paths(trace).values()):
+    paths = (trace, *truth_paths(trace).values())
+    for path in paths:
         _check_new(path, overwrite)
     made: list[Path] = []
+    aside: dict[Path, Path] = {}
     try:
+        for path in paths:
+            if path.exists():
+                aside[path] = _put_aside(path)
         yield made
     except BaseException:
         for path in made:
             path.unlink(missing_ok=True)
+        for path, other in aside.items():
+            other.replace(path)
         raise
+    for other in aside.values():
+        other.unlink(missing_ok=True)
+
+
+def _put_aside(path: Path) -> Path:
+    other = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        return path.replace(other)
+    except OSError as err:
+        raise _cannot(path, err) from None
 
 
 def _check_new(path: Path, overwrite: bool) -> None:
