@@ -64,7 +64,7 @@ class Doubts:
         first = lives.first.take(begun)
         fault_ts = events.columns["fault_ts"].take(first)
         said = _said(events, first)
-        order = np.argsort(zaps["leaf"], kind="stable")
+        order = np.lexsort((zaps["ts"], zaps["leaf"]))
         leaf = zaps["leaf"][order]
         low, high = (np.searchsorted(leaf, said["leaf"], side) for side in ("left", "right"))
         # The last zap of the same leaf, or another leaf's, which low < high leaves out.
