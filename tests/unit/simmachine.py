@@ -19,7 +19,7 @@ from tracer.simulator.fault import Vcpu
 from tracer.simulator.grammar import step_of
 from tracer.simulator.host import KINDS, Host, Mapping
 from tracer.simulator.kernels import KERNELS
-from tracer.simulator.ledger import BIRTH, LIVES, Ledger
+from tracer.simulator.ledger import LIVES, Ledger
 from tracer.simulator.mmu import Slot, Vm, World
 from tracer.simulator.ops import VERBS, create_slot, create_vm, delete_slot, destroy_vm
 from tracer.simulator.recorder import KIND, Recorder
@@ -75,12 +75,6 @@ class _Tap:
 
     def open(self) -> Lives:
         return _rows(self._builder.open(), _OPEN)
-
-
-def _born(row: bytes) -> tuple[Any, ...]:
-    """Return birth_ts, birth_cpu, birth_seq of what a leaf remembers of its birth."""
-    known = dict(zip(LIVES.schema.names, BIRTH.unpack(row), strict=False))
-    return tuple(known[name] for name in ("birth_ts", "birth_cpu", "birth_seq"))
 
 
 def _rows(frame: pd.DataFrame, names: tuple[str, ...]) -> Lives:
@@ -191,8 +185,9 @@ class Bench:
     def leaves(self) -> Lives:
         """Return the model's live leaves: columns _OPEN."""
         return {
-            (leaf.gfn, leaf.pfn, leaf.level, leaf.sptep or None, *_born(leaf.birth), leaf.changes)
-            for leaf in self.vm.all_leaves()
+            (leaf.gfn, leaf.pfn, leaf.level, leaf.sptep or None, leaf.birth_ts, leaf.born_by.cpu,
+             leaf.birth_seq, leaf.changes)
+            for leaf in self.vm.all_leaves() if leaf.born_by is not None
         }  # fmt: skip
 
     def difference(self) -> str:

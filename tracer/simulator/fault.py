@@ -17,7 +17,7 @@ from tracer.simulator.faultrecord import (
     Fault,
     write_fault,
 )
-from tracer.simulator.host import Page
+from tracer.simulator.host import TAIL_BITS, Page
 from tracer.simulator.hostfault import Found, host_fault, populate
 from tracer.simulator.ledger import REFERENCES, TAKERS
 from tracer.simulator.mmu import ALIAS, ZAP_NS, Leaf, Slot, Vm, World
@@ -217,7 +217,7 @@ class Vcpu(Putting):
         t_faultin = 2900 + (jitters[0] >> 3)
         t_gup = t_faultin + 1600 + (jitters[1] >> 2)
         index = fault.gfn - slot.base + slot.first
-        entry: Found | None = slot.mapping.pages.get(index)
+        entry: Found | None = slot.mapping.entry(index)
         took = 3000 + jitters[2]
         if entry is None:  # before the clock moves: nobody may see the page earlier than it is
             took += 20_000 + (jitters[2] << 2)
@@ -289,7 +289,7 @@ class Vcpu(Putting):
     @staticmethod
     def _sample(fault: Fault, page: Page) -> None:
         found = fault.walk_pfn if fault.pfn >> 52 else fault.pfn
-        bits = page.bits if found == page.pfn else page.tail_bits
+        bits = page.bits if found == page.pfn else TAIL_BITS
         fault.state = (page.flags, page.count, page.mapcount, bits, page.order)
 
     def _walk(self, slot: Slot) -> None:
@@ -466,12 +466,12 @@ class Vcpu(Putting):
             return  # "If addresses are being invalidated, skip prefetching", direct_pte_prefetch()
         if vm.slots.get(slot.id) is not slot:
             return  # it looks for the slot itself, gfn_to_memslot_dirty_bitmap(), and it is gone
-        leaves, pages = vm.root.leaves, slot.mapping.pages
+        leaves, mapping = vm.root.leaves, slot.mapping
         for near in range(key & ~7, (key & ~7) + 8):
             gfn = near & ((1 << ALIAS) - 1)
             if near in leaves or not slot.base <= gfn < slot.end:
                 continue
-            entry = pages.get(gfn - slot.base + slot.first)
+            entry = mapping.entry(gfn - slot.base + slot.first)
             if entry is None or not entry[2]:
                 continue
             page, pfn, _ = entry

@@ -12,7 +12,7 @@ from typing import Final
 from tracer.simulator.clock import Task
 from tracer.simulator.kernels import Kernel
 
-__all__ = ("KINDS", "ZERO_PFN", "Host", "Mapping", "MemoryKind", "Page")
+__all__ = ("KINDS", "TAIL_BITS", "ZERO_PFN", "Host", "Mapping", "MemoryKind", "Page")
 
 _HAS_STRUCT: Final = 1
 _TAIL: Final = 2
@@ -21,6 +21,8 @@ _RESERVED: Final = 8
 _ZERO: Final = 16
 _ZONE: Final = 32
 ZERO_PFN: Final = 0xBAB3A
+#: Bits of a struct page behind the head of a compound page.
+TAIL_BITS: Final = _HAS_STRUCT | _TAIL
 #: mm_page_free and mm_page_alloc are recorded for pages that a VM mapped: 0 no, 1 mapped, 2 freed.
 _MAPPED: Final = 1
 _FREED: Final = 2
@@ -30,14 +32,15 @@ class Page:
     """One struct page that has a count of its own; `order` is that of its compound page."""
 
     __slots__ = ("bits", "block", "count", "flags", "freed_at", "lead", "lru", "mapcount", "order",
-                 "pfn", "seen", "tail_bits", "vm")  # fmt: skip
+                 "pfn", "seen", "shared", "vm")  # fmt: skip
 
     def __init__(self, pfn: int, count: int, mapcount: int, flags: int, order: int = 0) -> None:
         self.pfn, self.count, self.mapcount, self.flags = pfn, count, mapcount, flags
         self.order = order
         self.bits = _HAS_STRUCT | (_HEAD if order else 0)
-        self.tail_bits = _HAS_STRUCT | _TAIL
         self.lru = False
+        #: is it read-only wherever it is mapped, as the zero page and merged pages are?
+        self.shared = False
         self.seen = 0
         self.vm = 0
         self.freed_at = 0
@@ -114,16 +117,24 @@ KINDS: Final[dict[str, MemoryKind]] = {
 
 
 class Mapping:
-    """One VMA: `pages` is its host page table, page index -> (page, pfn, writable)."""
+    """One VMA: `pages` is its host page table, page index -> page."""
 
     __slots__ = ("blocks", "hva", "kind", "name", "npages", "pages", "seen")
 
     def __init__(self, name: str, kind: MemoryKind, hva: int, npages: int) -> None:
         self.name, self.kind, self.hva, self.npages = name, kind, hva, npages
-        self.pages: dict[int, tuple[Page, int, bool]] = {}
+        self.pages: dict[int, Page] = {}
         #: what a driver keeps for it, mapped or not: first index -> pages
         self.blocks: dict[int, list[Page]] = {}
         self.seen = False
+
+    def entry(self, index: int) -> tuple[Page, int, bool] | None:
+        """Return what the host's page table has: the page, its frame, and may it be written?"""
+        page = self.pages.get(index)
+        if page is None:
+            return None
+        behind = index & (1 << page.order) - 1 if page.order else 0
+        return page, page.pfn + behind, self.kind.writable and not page.shared
 
     @property
     def end(self) -> int:
@@ -148,6 +159,7 @@ class Host:
         self._free: dict[int, list[Page]] = {}
         self.zero = Page(ZERO_PFN, 1, -1, 0xFFFFFC0002004)
         self.zero.bits |= _RESERVED | _ZERO
+        self.zero.shared = True
         self._unmapped = Page(0, 0, 0, 0)
 
     def alloc(self, task: Task, order: int, *, count: int = 1) -> Page:
@@ -160,7 +172,7 @@ class Host:
             if page.seen == _FREED:
                 page.seen = 0
                 self._on_alloc(task, page)
-            page.count, page.lru = count, False
+            page.count, page.lru, page.shared = count, False, False
             return page
         size = 1 << order
         first = (self._next + size - 1) & -size

@@ -24,7 +24,7 @@ def host_fault(
     world: World, vm: Vm, task: Task, mapping: Mapping, index: int, *, write: bool
 ) -> Generator[int, None, Found]:
     """Handle a host fault for one page of a mapping; a copy on write invalidates the old page."""
-    entry = mapping.pages.get(index)
+    entry = mapping.entry(index)
     kind = mapping.kind
     if write and not kind.writable and not kind.pfnmap:
         return None, _ERR_RO, False
@@ -37,19 +37,19 @@ def host_fault(
     # wp_page_copy(), mm/memory.c: the zero page or a merged page gives way to an own one.
     if task.now > world.turns.next:
         yield task.now
-        if mapping.pages.get(index) != entry:  # somebody was faster
-            found = mapping.pages.get(index)
+        if mapping.entry(index) != entry:  # somebody was faster
+            found = mapping.entry(index)
             return found or populate(world.host, task, mapping, index, write=write)
     page = fresh_page(world.host, task)
     hva = mapping.hva + (index << 12)
     yield from start(world, vm, task, hva, hva + 4096, "clear")
-    found = mapping.pages.get(index)
+    found = mapping.entry(index)
     if found != entry:  # somebody was faster: the PTE is another one under its lock
         yield from end(world, vm, task, hva, hva + 4096, "clear")
         page.mapcount -= 1
         world.host.put(task, page)
-        return mapping.pages.get(index) or populate(world.host, task, mapping, index, write=write)
-    mapping.pages[index] = (page, page.pfn, True)
+        return mapping.entry(index) or populate(world.host, task, mapping, index, write=write)
+    mapping.pages[index] = page
     yield from end(world, vm, task, hva, hva + 4096, "clear")
     old = entry[0]
     if old is not world.host.zero:
@@ -73,9 +73,8 @@ def populate(host: Host, task: Task, mapping: Mapping, index: int, *, write: boo
     if kind.driver:
         return _from_driver(host, mapping, index)
     if kind.zero_on_read and not write:
-        found = (host.zero, host.zero.pfn, False)
-        mapping.pages[index] = found
-        return found
+        mapping.pages[index] = host.zero
+        return host.zero, host.zero.pfn, False
     if kind.order > 9:
         return _gigantic(host, task, mapping, index)
     if kind.compound:
@@ -84,11 +83,11 @@ def populate(host: Host, task: Task, mapping: Mapping, index: int, *, write: boo
         head.lru = True
         first = index & -(1 << kind.order)
         for at in range(1 << kind.order):
-            mapping.pages[first + at] = (head, head.pfn + at, True)
-        return mapping.pages[index]
+            mapping.pages[first + at] = head
+        return head, head.pfn + index - first, True
     page = fresh_page(host, task)
-    mapping.pages[index] = (page, page.pfn, kind.writable)
-    return mapping.pages[index]
+    mapping.pages[index] = page
+    return page, page.pfn, kind.writable
 
 
 def _gigantic(host: Host, task: Task, mapping: Mapping, index: int) -> Found:
@@ -100,9 +99,9 @@ def _gigantic(host: Host, task: Task, mapping: Mapping, index: int) -> Found:
         head = host.alloc(task, order)
         head.flags, head.mapcount, head.lru = host.flags.settled, 0, True
         block = mapping.blocks[first] = [head]
-        mapping.pages[first] = (head, head.pfn, True)
-    mapping.pages[index] = (block[0], block[0].pfn + index - first, True)
-    return mapping.pages[index]
+        mapping.pages[first] = head
+    head = mapping.pages[index] = block[0]
+    return head, head.pfn + index - first, True
 
 
 def _from_driver(host: Host, mapping: Mapping, index: int) -> Found:
@@ -117,5 +116,6 @@ def _from_driver(host: Host, mapping: Mapping, index: int) -> Found:
         )
     for at, page in enumerate(block):
         if first + at < mapping.npages:
-            mapping.pages[first + at] = (page, page.pfn, kind.writable)
-    return mapping.pages[index]
+            mapping.pages[first + at] = page
+    page = block[index - first]
+    return page, page.pfn, kind.writable

@@ -117,8 +117,8 @@ _DEATH: Final = (
     Column("death_seq", "I", _NO_SEQ), Column("spte_last", "Q"), Column("changes", "I"),
     Column("refcount_death", "i", NO_COUNT), Column("ended_by", "B", names=ENDINGS),
 )  # fmt: skip
-#: One row for each lifetime of a mapping; null where there is none. A row is what `BIRTH` packs,
-#: which the leaf keeps while it lives, and behind it what `DEATH` packs.
+#: One row for each lifetime of a mapping; null where there is none. A row is what `BIRTH` packs
+#: and behind it what `DEATH` packs.
 LIVES: Final = Table(*_BIRTH, *_DEATH)
 BIRTH: Final = _layout(_BIRTH)
 DEATH: Final = _layout(_DEATH)

@@ -89,17 +89,25 @@ class Slot:
 class Leaf:
     """One SPTE that maps guest memory."""
 
-    __slots__ = ("as_id", "birth", "changes", "gfn", "key", "level", "page", "pfn", "root",
-                 "slot_id", "spte", "sptep")  # fmt: skip
+    __slots__ = ("as_id", "birth_cause", "birth_count", "birth_mapcount", "birth_seq", "birth_spte",
+                 "birth_ts", "born_by", "changes", "fault_ts", "key", "level", "page", "pfn",
+                 "root", "slot_id", "spte", "sptep")  # fmt: skip
 
     def __init__(self, root: "Root", key: int, level: int, spte: int, pfn: int, page: Page) -> None:
         self.root, self.key, self.level, self.spte = root, key, level, spte
-        self.gfn, self.pfn, self.page = key & _GFN, pfn, page
+        self.pfn, self.page = pfn, page
         self.sptep = self.changes = self.as_id = 0
         #: its memslot, -1 if there is none
         self.slot_id = 0
-        #: what `BIRTH` packs: the part of its row in the ledger that is known from the beginning
-        self.birth = b""
+        #: what the ledger will have of its beginning, set by `Vm.born`
+        self.born_by: Task | None = None
+        self.birth_ts = self.birth_seq = self.birth_cause = self.fault_ts = self.birth_spte = 0
+        self.birth_count = self.birth_mapcount = 0
+
+    @property
+    def gfn(self) -> int:
+        """The first guest frame that it maps."""
+        return self.key & _GFN
 
     @property
     def pages(self) -> int:
@@ -290,11 +298,19 @@ class Vm:
         self, task: Task, ts: int, leaf: Leaf, cause: int, seq: int, count: int, mapcount: int
     ) -> None:
         """Remember how a leaf came, as the ledger will have it."""
-        level = leaf.level
-        leaf.birth = _pack_birth(
+        leaf.born_by, leaf.birth_ts, leaf.birth_seq, leaf.birth_cause = task, ts, seq, cause
+        leaf.fault_ts, leaf.birth_spte = task.fault_ts, leaf.spte
+        leaf.birth_count, leaf.birth_mapcount = count, mapcount
+
+    def birth_of(self, leaf: Leaf) -> bytes:
+        """Return the part of a leaf's row in the ledger that is known from the beginning."""
+        by, level = leaf.born_by, leaf.level
+        assert by is not None
+        return _pack_birth(
             self.id, leaf.as_id, self.mmu, level, leaf.gfn, 1 << 9 * (level - 1), leaf.pfn,
-            leaf.sptep, leaf.slot_id, ts, cause, task.tid, task.tgid, task.cpu, seq, task.fault_ts,
-            task.vcpu if task.fault_ts else -1, leaf.spte, count, mapcount,
+            leaf.sptep, leaf.slot_id, leaf.birth_ts, leaf.birth_cause, by.tid, by.tgid, by.cpu,
+            leaf.birth_seq, leaf.fault_ts, by.vcpu if leaf.fault_ts else -1, leaf.birth_spte,
+            leaf.birth_count, leaf.birth_mapcount,
         )  # fmt: skip
 
     def change(
@@ -381,7 +397,7 @@ class Vm:
                 ts, cause, task.tid, task.tgid, task.cpu, seq, leaf.spte, leaf.changes,
                 leaf.page.count if shown else NO_COUNT, _ENDING[ended_by],
             )  # fmt: skip
-        self.world.ledger.lives.append(leaf.birth + death)
+        self.world.ledger.lives.append(self.birth_of(leaf) + death)
 
     def leaves_in(self, root: Root, first: int, last: int) -> list[Leaf]:
         """Return the leaves that map a guest frame of [first, last), large ones included."""
@@ -407,9 +423,11 @@ class Vm:
         self, task: Task, leaves: list[Leaf], cause: int, *, new: int = -1, write: bool = True
     ) -> Story:
         """Zap leaves one after another, offering mmu_lock in between as the kernel does."""
-        turns = self.world.turns
+        turns, out = self.world.turns, self.world.out
         for at in range(0, len(leaves), _ZAPS_AT_ONCE):
             part = leaves[at : at + _ZAPS_AT_ONCE]
+            if out.full:  # nobody else may be there to end this turn, and much is still to come
+                yield task.now
             if write or self.shadow:
                 yield from self.write_lock(task, len(part) * ZAP_NS)
             elif task.now > turns.next:

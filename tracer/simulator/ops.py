@@ -97,10 +97,9 @@ def discard_range(
     else:
         there = [index for index in indices if index in mapping.pages]
     for index in there:
-        entry = mapping.pages.get(index)
-        if entry is None:  # a piece of a large one that has gone
+        page = mapping.pages.get(index)
+        if page is None:  # a piece of a large one that has gone
             continue
-        page = entry[0]
         if page.order and (index & ((1 << page.order) - 1)) == 0:
             for at in range(1 << page.order):
                 mapping.pages.pop(index + at, None)
@@ -118,7 +117,7 @@ def discard_range(
     world.host.drain(task)
     for page in gone:  # tlb_finish_mmu(): freed only when the range is over
         task.now += 700
-        if task.now > world.turns.next:
+        if task.now > world.turns.next or world.out.full:
             yield task.now
         world.host.put(task, page)
 
@@ -151,7 +150,7 @@ def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
     since = 0  #: when that was shared first: afterwards it must not have been freed
     for _ in _rounds(world, args):
         index = world.dice.below(mapping.npages)
-        entry = mapping.pages.get(index)
+        entry = mapping.entry(index)
         if entry is None or not entry[2] or entry[0].order or slot.id not in vm.slots:
             task.now += _LOOK_NS  # nothing to merge here: the next page
             if task.now > world.turns.next:
@@ -159,17 +158,17 @@ def merge(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) ->
             continue
         hva = mapping.hva + (index << 12)
         yield from start(world, vm, task, hva, hva + 4096, "clear")
-        if mapping.pages.get(index) != entry:  # somebody was quicker: write_protect_page() fails
+        if mapping.entry(index) != entry:  # somebody was quicker: write_protect_page() fails
             yield from end(world, vm, task, hva, hva + 4096, "clear")
             continue
         page = entry[0]
         if shared is None or shared.count <= 0 or shared.freed_at >= since:
             shared, since = page, task.now
-            mapping.pages[index] = (page, page.pfn, False)
+            page.shared = True
         else:
             shared.count += 1
             shared.mapcount += 1
-            mapping.pages[index] = (shared, shared.pfn, False)
+            mapping.pages[index] = shared
         yield from end(world, vm, task, hva, hva + 4096, "clear")
         if page is not shared:
             if task.now > world.turns.next:
@@ -259,7 +258,7 @@ def pin(world: World, vm: Vm, task: Task, slot: Slot, args: dict[str, Any]) -> S
         if task.now > world.turns.next:
             yield task.now
         index = (number * 7) % min(slot.npages, 64) + slot.first
-        entry = slot.mapping.pages.get(index)
+        entry = slot.mapping.entry(index)
         if entry is None:
             entry_made = populate(host, task, slot.mapping, index, write=True)
             if entry_made[0] is None:
@@ -393,6 +392,8 @@ def destroy_vm(world: World, vm: Vm, task: Task, mappings: list[Mapping]) -> Sto
             if page.bits and not mapping.kind.zone_device:
                 page.mapcount = -1
                 host.put(task, page)
+            if world.out.full:
+                yield task.now
         if world.turns.next > task.now:
             world.turns.now = task.now
 
@@ -405,8 +406,9 @@ def _pages_of(host: Host, mapping: Mapping) -> list[Page]:
         return [page for block in blocks for page in (block[:1] if kind.order else block)]
     found = []
     for index in sorted(mapping.pages):
-        page, pfn, _ = mapping.pages[index]
-        if page is not host.zero and pfn == page.pfn and page.bits and page.count > 0:
+        page = mapping.pages[index]
+        first = not page.order or index & (1 << page.order) - 1 == 0
+        if page is not host.zero and first and page.bits and page.count > 0:
             found.append(page)
     mapping.pages.clear()
     return found

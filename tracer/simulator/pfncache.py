@@ -44,7 +44,7 @@ def _refresh(world: World, vm: Vm, task: Task, slot: Slot, cache: PfnCache) -> S
     kernel, index = world.kernel, cache.gfn - slot.base + slot.first
     while True:
         seq = vm.seq
-        page, pfn, writable = slot.mapping.pages.get(index) or (None, 0, False)
+        page, pfn, writable = slot.mapping.entry(index) or (None, 0, False)
         if page is None or not writable:
             page, pfn, writable = yield from host_fault(
                 world, vm, task, slot.mapping, index, write=True

@@ -50,7 +50,7 @@ class Putting:
             and not page.order
             and world.strikes("put_on_wrong_folio")
         ):
-            base = fault.slot.mapping.pages.get(
+            base = fault.slot.mapping.entry(
                 (fault.gfn & ~511) - fault.slot.base + fault.slot.first
             ) if fault.slot else None  # fmt: skip
             if base is not None and base[0] is not page:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from probes import wire
 from tracer.batch import Group, order, split_kinds
 from tracer.simulator.clock import FOREVER, Task
-from tracer.simulator.host import Page
+from tracer.simulator.host import TAIL_BITS, Page
 from tracer.tracewriter import TraceWriter
 
 __all__ = (
@@ -136,7 +136,7 @@ class Recorder:
         _pack_spte(
             store.data, at * 120, ts, fault_ts, seq, head, gfn, pfn, old, new, sptep,
             level, as_id, cause, mmu, page.flags, page.count, page.mapcount,
-            page.bits if pfn == page.pfn else page.tail_bits, page.order,
+            page.bits if pfn == page.pfn else TAIL_BITS, page.order,
         )  # fmt: skip
         return seq
 
@@ -155,7 +155,7 @@ class Recorder:
         _pack_release(
             store.data, at * 120, ts, fault_ts, seq, head, gfn, pfn, call,
             page.flags, page.count, page.mapcount,
-            page.bits if pfn == page.pfn else page.tail_bits, page.order,
+            page.bits if pfn == page.pfn else TAIL_BITS, page.order,
         )  # fmt: skip
 
     def page_event(self, task: Task, ts: int, kind: int, page: Page) -> None:
@@ -215,7 +215,7 @@ class Recorder:
             store.grow()
         state = _NO_PAGE
         if page is not None:
-            bits = page.bits if pfn == page.pfn else page.tail_bits
+            bits = page.bits if pfn == page.pfn else TAIL_BITS
             state = (page.flags, page.count, page.mapcount, bits, page.order)
         head = _HEAD.pack(
             task.cpu, KIND[kind], OP[op], task.tid, task.tgid, task.vm if vm is None else vm,
