@@ -31,6 +31,12 @@ def exit_status(outcome: "Outcome", status: int, *, fail_on_loss: bool) -> int:
     return 130 if outcome.why == "interrupted" else status
 
 
+def _by_size(outcome: "Outcome") -> bool:
+    """Was something lost that a larger buffer would have kept?"""
+    torn = sum(c.torn for c in outcome.counts.values())
+    return outcome.why != "output" and outcome.lost > torn + sum(outcome.missed.values())
+
+
 def closing_lines(
     path: Path,
     outcome: "Outcome",
@@ -47,7 +53,7 @@ def closing_lines(
         share = 100 * outcome.lost / max(1, outcome.produced)
         yield (
             f"LOST {outcome.lost:,} of {outcome.produced:,} records ({share:.1f} %)"
-            + ("" if outcome.why == "output" else f": raise --buffer-size (now {buffer:.3g})")
+            + (f": raise --buffer-size (now {buffer:.3g})" if _by_size(outcome) else "")
         )
     torn = sum(c.torn for c in outcome.counts.values())
     if torn:

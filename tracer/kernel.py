@@ -104,6 +104,10 @@ class KernelSide:
         self._bpf: Any = None
         self.failed: list[tuple[str, str, str]] = []
         self._copies: list[Any] = []
+        #: program -> calls skipped by the kernel, before the programs were armed and when they were
+        #: stopped
+        self._skipped_before: dict[str, int] = {}
+        self._skipped: dict[str, int] = {}
 
     def load(self) -> None:
         """Compile and make the maps. Raises ProbeLoadError with the compiler's first error."""
@@ -194,9 +198,13 @@ class KernelSide:
 
     def arm(self, *, armed: bool = True) -> None:
         """Let the programs write, or stop them; every program tests this first."""
+        if armed:
+            self._skipped_before = self._skips()
         leaf = self._bpf["config"][0]
         leaf.armed = int(armed)
         self._bpf["config"][0] = leaf
+        if not armed:
+            self._skipped = self._skips()
 
     def ring_fds(self) -> list[tuple[str, int]]:
         """Return (record type, map file descriptor) of every ring."""
@@ -217,19 +225,30 @@ class KernelSide:
         return found
 
     def missed(self) -> dict[str, int]:
-        """Return program -> calls that the kernel did not run it for, where there were any.
+        """Return program -> calls that the kernel did not run it for while it was armed, if any.
 
-        Calls that a second program took over are not missed. The kernel refuses to run a program
-        inside itself and counts that (recursion_misses, kernel/bpf/syscall.c,
-        bpf_prog_show_fdinfo()).
+        Calls that a second program took over are not missed, nor those before or after: nothing
+        would have been written.
+        """
+        found = {
+            name: count - self._skipped_before.get(name, 0) - self._rescued(name)
+            for name, count in self._skipped.items()
+        }
+        return {name: count for name, count in found.items() if count > 0}
+
+    def _skips(self) -> dict[str, int]:
+        """Return program -> calls for which the kernel has not run it since it was loaded.
+
+        The kernel refuses to run a program inside itself and counts that (recursion_misses,
+        kernel/bpf/syscall.c, bpf_prog_show_fdinfo()).
         """
         found = {}
         for name, program in self._bpf.funcs.items():
             text = Path(f"/proc/self/fdinfo/{program.fd}").read_text()
             match = re.search(r"^recursion_misses:\s*(\d+)", text, re.M)
             if match and not name.endswith(b"_again"):
-                found[name.decode()] = int(match[1]) - self._rescued(name.decode())
-        return {name: count for name, count in found.items() if count > 0}
+                found[name.decode()] = int(match[1])
+        return found
 
     def _rescued(self, program: str) -> int:
         """Return how many missed calls of a program its second one took over."""

@@ -49,8 +49,11 @@ HEADER = (
 PATIENCE_S = 600
 #: Seconds of a recording that ends before its guest does, and for its guest to end then.
 EARLY_S, LATE_S = 2, 120
-#: Of such a recording: how often it has happened, each 50 ms, and between which times (s of the
-#: same clock as the trace's, within 10 ms).
+#: A kernel that skips a program, since an interrupt came amid it, loses a record, as the recorder
+#: says; a row of which that happened is recorded anew, so often at most in all.
+SKIPPED, TRIES = "the kernel skipped programs", 3
+#: Of a recording that ends before its guest: how often it has happened, each 50 ms, and between
+#: which times (s of the same clock as the trace's, within 10 ms).
 SAMPLES = """while [ ! -e /out/status ]; do
     read before _ </proc/uptime; hits=$(cat /sys/module/kvm/parameters/lab_hits)
     read after _ </proc/uptime; echo "$before $hits $after"; sleep 0.05
@@ -95,10 +98,17 @@ def script_of(row: Row) -> str:
 
 
 def record(row: Row, folder: Path) -> Path:
-    """Boot, record, and leave `x.pfnt`, the truth and `row.json` in *folder*; raises GuestLost.
+    """Boot, record, and leave `x.pfnt`, the truth and `row.json` in *folder*; raises GuestLost."""
+    said, tries, lost = folder / "said", 0, True
+    while lost and tries < TRIES:
+        made, tries = _record_once(row, folder), tries + 1
+        lost = said.exists() and SKIPPED in said.read_text()
+    (folder / "row.json").write_text(json.dumps(made | {"tries": tries}))
+    return folder / "x.pfnt"
 
-    Whatever is in *folder* goes first: what an earlier run left must not pass for this one's.
-    """
+
+def _record_once(row: Row, folder: Path) -> dict[str, Any]:
+    # Whatever is in the folder goes first: what an earlier run left must not pass for this one's.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = RunOptions(
@@ -113,9 +123,7 @@ def record(row: Row, folder: Path) -> Path:
     script = script_of(row)
     ran = run_in_lab(["sh", "-c", script], kernel=row.kernel, out=folder, options=options)
     made = {"begun": begun, "ended": time.time(), "load": os.getloadavg()[0]}
-    made |= {"cpus": os.cpu_count() or 0, "status": ran.status}
-    (folder / "row.json").write_text(json.dumps(made))
-    return folder / "x.pfnt"
+    return made | {"cpus": os.cpu_count() or 0, "status": ran.status}
 
 
 def truth_in(row: Row, folder: Path) -> Truth | None:
@@ -322,6 +330,9 @@ def _made(answers: Sequence[Answer], keep: Path) -> str:
         f"{max(load):.0f} on {made[0]['cpus']} processors (the recordings' own load is in it). "
         f"`pfntrace check` and `replay` were asked about them at {_utc(time.time())} UTC."
     )
+    again = sum(m.get("tries", 1) - 1 for m in made)
+    if again:
+        words += f" {again} more had lost records to skipped programs and were made anew."
     return textwrap.fill(words, 100)
 
 

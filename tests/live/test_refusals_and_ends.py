@@ -122,6 +122,8 @@ def test_kvm_cannot_be_unloaded_under_a_recording(evidence: Evidence) -> None:
 
 
 killed = pytest.mark.parametrize("evidence", ["6.12-killed"], indirect=True)
+#: A guest that starts when the recorder is armed must have faulted and be on disk (ns).
+WRITTEN_NS = 1_500_000_000
 
 
 @killed
@@ -132,6 +134,7 @@ def test_after_sigkill_the_file_opens_and_misses_at_most_the_last_second(
     runs = json.loads((evidence.out / "killed.json").read_text())["runs"]
     armed = [run for run in runs if evidence.path(run["name"]).exists()]
     assert len(runs) == 12 and len(armed) >= 10
+    assert sum(run["killed_ns"] - run["armed_ns"] > WRITTEN_NS for run in armed) >= 5
 
     for run in armed:
         # When the file is read, which may end within a batch
@@ -143,7 +146,9 @@ def test_after_sigkill_the_file_opens_and_misses_at_most_the_last_second(
         assert info["complete"] is False
         assert "killed" in info["reason"] or "truncated" in info["reason"]
         assert run["killed_ns"] - newest < 1_000_000_000, run
-        assert info["kinds"]["FAULT"] > 0
+        # (of a recorder killed sooner, what is there may be as late as that second)
+        if run["killed_ns"] - run["armed_ns"] > WRITTEN_NS:
+            assert info["kinds"]["FAULT"] > 0, run
 
 
 @killed

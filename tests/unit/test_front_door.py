@@ -315,6 +315,8 @@ def test_what_was_missed_and_torn_is_explained():
     assert "5 of them are faults whose end was missed" in text
     assert "interrupted by themselves: kp_spte 1,200" in text
     assert text.startswith("LOST 1,205 of 1,300 records")
+    # AND no larger buffer is asked for, which would not have kept them
+    assert "--buffer-size" not in text
 
 
 def test_a_buffer_that_was_nearly_full_names_its_flag():

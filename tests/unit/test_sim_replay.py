@@ -69,6 +69,32 @@ def test_a_pfn_cache_holds_its_page_for_a_moment_before_its_record(tmp_path):
     assert answer.conforms, answer.expected
 
 
+def test_a_fault_of_6_1_that_was_interrupted_before_its_look_is_retried_for_no_visible_reason(
+    tmp_path,
+):
+    # Given an invalidation that ended after KVM took its snapshot, and before the recorder did at
+    # the call of fault-in: then the retry shows equal sequences (the lab's 6.1 under load)
+    made = make(tmp_path, kernel="6.1", scenario="storm", vcpus=2)
+    copy = Copy.of(made.path)
+    faults, ends = copy["FAULT"], copy["INVALIDATE"][copy.ops("INVALIDATE", "end")]
+    retried = faults["ret"] == KERNELS["6.1"].result("retry")
+    overtaken = retried & (faults["mmu_seq"] + 1 == faults["invalidate_seq"])
+    assert np.count_nonzero(overtaken) > 3
+    for at in np.flatnonzero(overtaken):
+        began = int(faults["h"]["fault_ts"][at])
+        ended = int(ends["h"]["ts"][ends["c"] == faults["invalidate_seq"][at]][0])
+        faults["mmu_seq"][at] += 1
+        faults["t_faultin"][at] = faults["t_gup"][at] = faults["t_faultin_end"][at] = ended - began
+
+    # Then the model explains all of them
+    assert conform(copy.write(tmp_path / "interrupted.pfnt")).conforms
+
+    # And none whose look was before the invalidation ended
+    faults["t_faultin"][overtaken] -= 1
+    answer = conform(copy.write(tmp_path / "early.pfnt"))
+    assert "no retry: nothing was invalidated" in answer.expected
+
+
 def test_a_real_nested_guest_conforms():
     assert conform(TRACES / "nested-6.12.pfnt").conforms
 

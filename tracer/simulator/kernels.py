@@ -72,6 +72,8 @@ class Kernel:
     spurious_early  is a leaf that allows the access left alone? Before, it is written anew, and
                     make_spte() leaves the dirty bit out over a writable SPTE ("goto out")
     lockless_retry  are invalidations looked for before and after getting the pfn, without lock?
+    seq_local       is mmu_seq a local variable of the fault handler, so that a recording shows what
+                    it was at the call of kvm_faultin_pfn(), a moment after KVM took it?
     pin_bias        what kvm_vcpu_map() adds to the count: a reference, or FOLL_PIN's bias
     bugs            what this kernel does wrong as it was mailed (names of `bugs.BUGS`)
     """
@@ -97,6 +99,7 @@ class Kernel:
     bit_shadow: bool = False
     shadow_refuses: bool = False
     lockless_retry: bool = False
+    seq_local: bool = False
     retry_call: str = ""
     walk_tells: bool = False
     spurious_early: bool = False
@@ -149,6 +152,7 @@ _G0A: Final = Kernel(
     # zap_marks is "all": "again accessed/dirty at SPTE zap", KVM-FACTS 0.1.
     teardown_frozen=True,  # REMOVED_SPTE behind zaps of whole roots: recordings, ARCHITECTURE
     activates=True,  # mark_page_accessed(), mm/swap.c: recordings show one more reference
+    seq_local=True,  # direct_page_fault(); struct kvm_page_fault has no mmu_seq: BTF, ARCHITECTURE
     members=("hva",),  # struct kvm_page_fault: KVM-FACTS 1
 )
 _G0B: Final = dataclasses.replace(
@@ -160,6 +164,7 @@ _G0B: Final = dataclasses.replace(
     source="kvm_faultin_pfn(), Linux d02c357e5bfa (lockless retry), mmu.c of 6.12.117",
     flags=_FLAGS_612,
     results=_RESULTS_NEW,  # KVM-FACTS 5.3
+    seq_local=False,  # mmu_seq of struct kvm_page_fault: BTF
     lockless_retry=True,  # KVM-FACTS 1b: two checks, mmu_invalidate_retry_gfn_unsafe()
     walk_tells=True,  # hva_to_pfn_remapped() is a function of its own: recordings
     retry_call="pfn_clean",  # KVM-FACTS 1b: "the second one itself releases the ref"
@@ -177,6 +182,7 @@ _G1: Final = dataclasses.replace(
     _G0A,
     generation="G1",
     flags=_FLAGS_612,
+    seq_local=False,  # mmu_seq of struct kvm_page_fault: BTF
     teardown_frozen=False,
     activates=False,
     zap_marks="bit",  # KVM-FACTS 2.3: readers test the bit, is_refcounted_page_spte()

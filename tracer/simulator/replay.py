@@ -145,7 +145,7 @@ def _whole(reader: TraceReader, path: Path, info: dict[str, Any]) -> None:
     if info["lost"]:
         raise TraceFormatError(
             f"{path}: {info['lost']:,} records were lost, and a replay needs every record: record "
-            "again with a larger --buffer-size"
+            "again, with a larger --buffer-size if the recorder asked for one"
         )
     if info["filtered"]:
         raise TraceFormatError(

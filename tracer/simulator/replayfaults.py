@@ -216,6 +216,8 @@ class FaultRules(LeafRules):
             return
         if row["mmu_seq"] != row["invalidate_seq"] or row["in_progress"] > 0:
             return
+        if self._kernel.seq_local and vm.ended_within(row["fault_ts"], row["t_faultin"]):
+            return  # KVM had looked before that, the recorder only after it
         if row["t_gup"] is not None:
             if vm.reloaded.get(row["tid"], 0) < vm.changes:
                 vm.reloaded[row["tid"]] = vm.changes

@@ -77,6 +77,8 @@ class Model(FaultRules):
             covers = bool(vm.invalidating.pop(row["tid"], covers))
             vm.seq += covers
             vm.in_progress -= covers
+            if covers:
+                vm.ends.append(row["ts"])
         vm.seq_shown = max(vm.seq_shown, row["invalidate_seq"])
         wanted = (row["invalidate_seq"], row["in_progress"])
         if wanted == (vm.seq, vm.in_progress):

@@ -4,6 +4,7 @@ May import: standard library.
 """
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,6 +68,8 @@ class VmSeen:
         self.seq: int | None = None
         #: the highest mmu_invalidate_seq that a record of the notifier has shown
         self.seq_shown = 0
+        #: when invalidations ended (ns), in order
+        self.ends: list[int] = []
         self.in_progress = 0
         #: when a slot was deleted or moved last (ns)
         self.changed_at = 0
@@ -111,6 +114,11 @@ class VmSeen:
             for leaf in self._by_gfn.get((as_id, gfn), ()):
                 if leaf.gfn + leaf.pages > first:
                     yield leaf
+
+    def ended_within(self, ts: int, ns: int | None) -> bool:
+        """Did an invalidation end in the `ns` after `ts`? None: nobody knows how long that was."""
+        at = bisect_left(self.ends, ts)
+        return at < len(self.ends) and (ns is None or self.ends[at] <= ts + ns)
 
     def covered(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
         """Yield (as_id, first gfn, gfn behind the last) of each slot that host memory is behind."""

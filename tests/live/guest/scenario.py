@@ -246,14 +246,16 @@ def killed() -> None:
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
             time.sleep(4 + 5 * n)
+            armed = time.monotonic_ns()
         else:
             process, _ = _background(name, *flood)
+            armed = time.monotonic_ns()
             time.sleep(0.1 + 0.37 * n)
         at = time.monotonic_ns()
         process.kill()
         process.wait()
         subprocess.run(["pkill", "-KILL", "prime-guest"], check=False)
-        runs.append({"name": name, "killed_ns": at})
+        runs.append({"name": name, "armed_ns": armed, "killed_ns": at})
         print(f"{name}: killed", flush=True)
     result = {"runs": runs, "before": before, "after": settled(before)}
     (OUT / "killed.json").write_text(json.dumps(result))
