@@ -5,6 +5,7 @@ if a cell has become 1.00 and its explanation is still here.
 """
 
 import dataclasses
+import math
 
 from unit.simtruth import CONSEQUENCES, FINDS
 
@@ -19,6 +20,7 @@ __all__ = (
     "Excuse",
     "excuse",
     "explained",
+    "shown",
 )
 
 #: Seeds from which on a cell that is 1.00 must have no explanation.
@@ -69,6 +71,14 @@ DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
                seldom=True),
     ),
     ("resurrect", "balance"): (_NO_PUT,),
+    ("use_after_put", "dead-mark"): (
+        Excuse("each of its pages was handed out again before it was marked, and had a count",
+               at_least=0.99, seldom=True),
+    ),
+    ("unpaired_start", "livelock"): (
+        Excuse("it struck within the last millisecond: no vCPU faulted in its range again, so that "
+               "nothing got stuck", at_least=0.99, seldom=True),
+    ),
     ("resurrect", "refcounted-flag"): (
         Excuse("there is no flag, or the count is 1 when it is looked at: the fault holds the page",
                ("6.1", "6.12", "v9")),
@@ -145,6 +155,16 @@ HOSTILE: dict[str, str] = {
 }
 
 
+def shown(value: float) -> str:
+    """Return a share in two digits, or three if these would make it 1.00.
+
+    >>> shown(1), shown(0.666), shown(0.9996)
+    ('1.00', '0.67', '0.999')
+    """
+    text = f"{value:.2f}"
+    return text if value >= 1 or text != "1.00" else f"{math.floor(1000 * value) / 1000:.3f}"
+
+
 def excuse(found: tuple[Excuse, ...], kernel: str, value: float, seeds: int) -> tuple[str, str]:
     """Return (explanation of a cell, complaint about it); each is empty if there is none."""
     mine = [one for one in found if not one.kernels or kernel in one.kernels]
@@ -153,16 +173,19 @@ def excuse(found: tuple[Excuse, ...], kernel: str, value: float, seeds: int) -> 
             return "", f"is 1.00, and still explained: {mine[0].why}"
         return "", ""
     if not mine:
-        return "", f"is {value:.2f}, and nothing explains it"
+        return "", f"is {shown(value)}, and nothing explains it"
     if value < mine[0].at_least and seeds >= ENOUGH:
-        return "", f"is {value:.2f}, less than {mine[0].at_least}"
+        return "", f"is {shown(value)}, less than {mine[0].at_least}"
     return mine[0].why, ""
 
 
-def explained(bug: str, kernel: str) -> bool:
-    """Is it explained why none of its detectors may find a bug there?"""
+def explained(bug: str, kernel: str, *, seldom: bool) -> bool:
+    """Is it explained why none of its detectors may find a bug there, always or (too) seldom?"""
     return all(
-        any(not one.kernels or kernel in one.kernels for one in DETECTORS.get((bug, name), ()))
+        any(
+            (not one.kernels or kernel in one.kernels) and (seldom or not one.seldom)
+            for one in DETECTORS.get((bug, name), ())
+        )
         for name in FINDS[bug]
     )
 

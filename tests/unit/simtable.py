@@ -13,6 +13,7 @@ from unit.simexcuses import (
     Excuse,
     excuse,
     explained,
+    shown,
 )
 from unit.simtruth import CONSEQUENCES, FINDS, Verdict
 
@@ -123,13 +124,13 @@ class Table:
         told = [name + text for text in (*verdict.told, *run.unequal)]
         if kind:
             self._accused[_ways(kind), kernel].add(len(verdict.told))
-            if bug in run.planted and not explained(bug, kernel):
+            if bug in run.planted and not explained(bug, kernel, seldom=False):
                 self._became[kind][_became(bug, verdict)] += 1
         else:
             self._lives += 1
             self._unequal += bool(run.unequal)
             self._clean(run)
-            missed = bug in verdict.missed and not explained(bug, kernel)
+            missed = bug in verdict.missed and not explained(bug, kernel, seldom=True)
             told += [f"{name}missed"] if missed else []
         self.bad += len(told)
         return told
@@ -236,9 +237,9 @@ class Table:
                 if precise is None:
                     cells.append("–")
                 elif not bug:
-                    cells.append(f"{precise.value:.2f}")
+                    cells.append(shown(precise.value))
                 else:
-                    cells.append(f"{recall.value if recall else 0:.2f} / {precise.value:.2f}")
+                    cells.append(f"{shown(recall.value if recall else 0)} / {shown(precise.value)}")
             rows.append([bug or "(none)", *cells])
         return _table(["bug", *KERNELS], rows) + (
             "\nWhere recall is not 1.00, the next table says of each detector why not.\n"
@@ -255,7 +256,7 @@ class Table:
                 continue
             must = name in FINDS[bug] and shares is self._which
             title = f"**{name}**" if must else name
-            cells = [f"{mine[k].value:.2f}" if k in mine else "–" for k in KERNELS]
+            cells = [shown(mine[k].value) if k in mine else "–" for k in KERNELS]
             rows.append([bug, title, *cells])
             reasons: dict[str, list[str]] = defaultdict(list)
             for kernel, share in mine.items():

@@ -57,15 +57,33 @@ def keep(name: str, status: int, stdout: str, stderr: str, began: float, **more:
 
 
 def record(name: str, *command: str, options: tuple[str, ...] = ()) -> dict:
+    return whole(name, lambda: _record(name, *command, options=options))
+
+
+def whole(name: str, recording: Callable[[], dict]) -> dict:
+    """Record, and anew if an interrupt made the kernel skip a program, as the recorder says."""
+    for _ in range(2):
+        result = recording()
+        if "the kernel skipped programs" not in result["stderr"]:
+            return result
+        (OUT / f"{name}.pfnt").unlink()
+    return recording()
+
+
+def _record(name: str, *command: str, options: tuple[str, ...] = ()) -> dict:
     argv = ["pfntrace", "record", "-o", str(OUT / f"{name}.pfnt"), *options]
     return step(name, argv + (["--", *command] if command else []))
 
 
 def witnessed(name: str, *command: str, options: tuple[str, ...] = ()) -> dict:
     """Record with KVM's own statistics and ftrace's counts taken in the same run."""
+    return whole(name, lambda: _witnessed(name, *command, options=options))
+
+
+def _witnessed(name: str, *command: str, options: tuple[str, ...] = ()) -> dict:
     for event, trigger in WITNESS.values():
         (EVENTS / event / "trigger").write_text(trigger)
-    result = record(name, "kvm-stats", str(OUT / f"{name}.stats"), *command, options=options)
+    result = _record(name, "kvm-stats", str(OUT / f"{name}.stats"), *command, options=options)
     counts = {what: (EVENTS / event / "hist").read_text() for what, (event, _) in WITNESS.items()}
     for event, trigger in WITNESS.values():
         (EVENTS / event / "trigger").write_text("!" + trigger)
