@@ -448,7 +448,7 @@ def simulate(
         _say(f"pfntrace: {line}")
     with progress_bar("simulating") as show:
         outcome = wording.run(knobs, output, VERSION, force, show)
-    for line in wording.outcome_lines(outcome) if not as_json else ():
+    for line in wording.outcome_lines(outcome, knobs.bugs) if not as_json else ():
         _say(f"pfntrace: {line}")
     _out_all([wording.outcome_json(knobs, outcome)] if as_json else ())
 

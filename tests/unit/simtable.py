@@ -33,6 +33,11 @@ Made by `make soak`: do not edit. {runs}
 - Lives: the reconstruction equals the ledger in {lives}.
 - Hostile runs: {accused}.
 
+Each bug is simulated in a scenario of its own (`pfntrace simulate --list --json` names it), in
+2 MiB of guest memory, 4 MiB where it needs as many pages to show, with 1 to 4 vCPUs; a kernel
+without a bug in all scenarios in turn, with 1 to 64 vCPUs, with TDP and without. Where a bug has
+fewer chances than there, or more vCPUs race for its pages, it may be found less often.
+
 An explanation of every number that is not 1.00 stands under its table; the soak fails without one.
 """
 _FOUND = """
@@ -41,7 +46,8 @@ _FOUND = """
 Recall / precision. Recall: runs in which one of the bug's detectors named it, of those in which it
 struck. Precision: findings (definite or probable) that were of this bug or what follows from it,
 and named no page but its own, of all findings. Of `(none)` only the precision; where there was no
-finding at all, it is 1.00. – makes no sense there.
+finding at all, it is 1.00. – makes no sense there. What breaks no rule of the kernel
+(endless_storm, invalid_slot: the guest is stuck, but rightly so) is found if named as `explained`.
 """
 _WHICH = """
 ## Which detector finds which bug

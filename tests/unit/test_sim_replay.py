@@ -213,12 +213,24 @@ def test_what_if_says_which_faults_another_kernel_would_refuse(
     assert (found.only_here, found.only_there) == (only_here, only_there)
 
 
+def test_what_if_of_a_kernel_with_a_bug_says_that_the_table_is_of_its_rules(tmp_path):
+    # Given a v9 that keeps references, which nobody may take for what v9's rules make of them
+    made = make(tmp_path, kernel="v9", scenario="demand", bugs=("missing_put",))
+    lines = list(replay_lines(conform(made.path, other="v11")))
+
+    # Then each column has the name of the rules, and the words say what the table is not
+    head = next(at for at, line in enumerate(lines) if "by the rules of" in line)
+    assert lines[head].split()[-2:] == ["v9", "v11"]
+    assert not any("recorded" in line for line in lines[head:])
+    assert "broke the rules of v9" in " ".join(lines[head:])
+
+
 def test_what_if_of_a_new_kernel_names_the_first_guest_frame_that_an_old_one_refuses():
     found = conform(TRACES / "ttm-7.3.pfnt", other="6.12").what_if
     assert found is not None
     assert found.counts["faults_refused"] == (0, 127)
     assert found.first_refusals[0] == (1, 0x10001)
-    assert any("127 guest frames mapped here" in line for line in found.lines())
+    assert any("127 guest frames mapped by 6.13" in line for line in found.lines("6.13", "6.12"))
     # and marks only the two pages that it would have mapped, accessed and dirty each
     assert found.counts["marks_of_struct_pages"] == (0, 4)
 

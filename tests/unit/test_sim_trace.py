@@ -22,6 +22,7 @@ from tracer.simulator.clock import START_NS, Dice, Task, Turns
 from tracer.simulator.kernels import KERNELS, facts_of
 from tracer.simulator.scenario import names
 from tracer.simulator.simulate import Knobs, catalogue, simulate
+from tracer.simulator.wording import outcome_lines
 from tracer.tracefile import TraceReader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -305,6 +306,12 @@ def test_the_command_line_lists_and_simulates(tmp_path):
     }  # fmt: skip
     refused = run("--mem", "tiny")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_a_bug_that_never_struck_is_told_with_the_scenario_where_it_does(tmp_path):
+    made = make(tmp_path, kernel="6.1", scenario="demand", bugs=("resurrect",))
+    lines = list(outcome_lines(made.outcome, ("resurrect=0.5",)))
+    assert "planted resurrect 0 times: it had no chance; try --scenario virtio_gpu" in lines
 
 
 # --- no accident ----------------------------------------------------------------------------------

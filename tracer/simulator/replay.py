@@ -26,6 +26,9 @@ __all__ = ("Conformance", "conform", "kernel_of", "replay_lines")
 
 #: The recorder writes every half second, and a batch of each kind by itself.
 _RAGGED_NS = 600_000_000
+_NOT_ITS_RULES = (
+    "the recording broke the rules of {0}, as said above: this is what {0} would have done"
+)
 _NO_END = (
     "The recording has no end: its recorder was killed, or the file was cut. There some kinds of "
     "records are missing, and nothing can be said of the rest. Replay one that is complete."
@@ -299,7 +302,9 @@ def replay_lines(answer: Conformance, width: int = 80) -> Iterator[str]:
     if answer.what_if is not None:
         there = f"{answer.other}: {KERNELS[answer.other].title}"
         yield from _wrapped("what if   ", there, width)
-        yield from (f"  {line}" for line in answer.what_if.lines())
+        yield from (f"  {line}" for line in answer.what_if.lines(answer.kernel, answer.other))
+        if answer.divergence is not None:
+            yield from _wrapped("  ", _NOT_ITS_RULES.format(answer.kernel), width)
 
 
 def _wrapped(label: str, text: str, width: int) -> list[str]:

@@ -1,8 +1,9 @@
-"""What if: the recorded accesses, judged by another generation's rules.
+"""What if: the recorded accesses, judged by the rules of their own generation and of another.
 
 Accesses, host pages and invalidations are taken as recorded; mappings, references, refusals and
-the kernel's work on struct pages are counted for both. A guest whose fault is refused ends there
-on a real kernel, so that what it did afterwards is an estimate.
+the kernel's work on struct pages are what each generation's rules make of them. A kernel that
+broke its rules did otherwise: that is the replay's divergence, not this table. A guest whose fault
+is refused ends there on a real kernel, so that what it did afterwards is an estimate.
 May import: standard library, `tracer.simulator`.
 """
 
@@ -31,7 +32,7 @@ class _Side:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Difference:
-    """Counts of both kernels by name: (recorded generation, the other)."""
+    """Counts by name: (by the rules of the recorded generation, by those of the other)."""
 
     counts: dict[str, tuple[int, int]]
     #: guest frames that only one of them maps
@@ -42,21 +43,21 @@ class Difference:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
         return {
-            **{name: {"recorded": a, "other": b} for name, (a, b) in self.counts.items()},
-            "gfns_only_recorded": self.only_here,
+            **{name: {"own": a, "other": b} for name, (a, b) in self.counts.items()},
+            "gfns_only_own": self.only_here,
             "gfns_only_other": self.only_there,
             "refused_first": [{"vm": vm, "gfn": gfn} for vm, gfn in self.first_refusals],
         }
 
-    def lines(self) -> Iterator[str]:
-        """Yield a small table, then what differs in words."""
-        yield f"{'':<28} {'recorded':>10} {'there':>10}"
+    def lines(self, own: str, other: str) -> Iterator[str]:
+        """Yield a small table of two kernels by name, then what differs in words."""
+        yield f"{'by the rules of':<28} {own:>10} {other:>10}"
         for name, (here, there) in self.counts.items():
             yield f"{name.replace('_', ' '):<28} {here:>10,} {there:>10,}"
         if self.only_there:
-            yield f"{_frames(self.only_there)} refused here would be mapped there"
+            yield f"{_frames(self.only_there)} refused by {own} would be mapped by {other}"
         if self.only_here:
-            yield f"{_frames(self.only_here)} mapped here would be refused there (EFAULT)"
+            yield f"{_frames(self.only_here)} mapped by {own} would be refused by {other} (EFAULT)"
             vm, gfn = self.first_refusals[0]
             yield f"the first: VM {vm}, gfn {gfn:#x}"
 

@@ -65,14 +65,19 @@ def knob_lines(knobs: Knobs) -> Iterator[str]:
     yield "hostile   " + (", ".join(knobs.hostile) or "no")
 
 
-def outcome_lines(outcome: Outcome) -> Iterator[str]:
-    """Yield what was made: records, truth, planted bugs."""
+def outcome_lines(outcome: Outcome, bugs: Sequence[str] = ()) -> Iterator[str]:
+    """Yield what was made: records, truth, and of the `bugs` asked for how often each struck."""
     yield (
         f"simulated {outcome.records:,} records ({outcome.faults:,} faults, {outcome.lives:,} "
         f"lives) of {outcome.seconds:.3f} s"
     )
     for name, count in outcome.planted.items():
         yield f"planted {name} {count:,} times: {BUGS[name].title}"
+    for name in (text.partition("=")[0] for text in bugs):
+        if name not in outcome.planted:
+            own = BUGS[name]
+            mmu = f" --mmu {own.mmu}" if own.mmu else ""
+            yield f"planted {name} 0 times: it had no chance; try --scenario {own.scenario}{mmu}"
     for table, path in outcome.truth.items():
         yield f"truth {table}: {path}"
     yield f"wrote {outcome.trace}; see: pfntrace report {outcome.trace}"
