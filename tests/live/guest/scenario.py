@@ -216,7 +216,7 @@ def interrupted() -> None:
 def vm_ends() -> None:
     """The VM runs already, and its end is the recording's."""
     guest = subprocess.Popen(
-        ["prime-guest", "--delay", "2", "--linger", "1"], stdout=subprocess.DEVNULL
+        ["prime-guest", "--delay", "10", "--linger", "1"], stdout=subprocess.DEVNULL
     )
     time.sleep(1)  # the VM is there, and has not run yet
     guest.send_signal(signal.SIGSTOP)
