@@ -77,7 +77,7 @@ DETECTORS: dict[tuple[str, str], tuple[Excuse, ...]] = {
     ),
     ("unpaired_start", "livelock"): (
         Excuse("it struck within the last millisecond: no vCPU faulted in its range again, so that "
-               "nothing got stuck", at_least=0.99, seldom=True),
+               "nothing got stuck", ("6.1", "6.12", "v9"), at_least=0.99, seldom=True),
     ),
     ("resurrect", "refcounted-flag"): (
         Excuse("there is no flag, or the count is 1 when it is looked at: the fault holds the page",

@@ -20,7 +20,7 @@ from tracer.simulator.grammar import step_of
 from tracer.simulator.host import KINDS, Host, Mapping
 from tracer.simulator.kernels import KERNELS
 from tracer.simulator.ledger import LIVES, Ledger
-from tracer.simulator.mmu import Slot, Vm, World
+from tracer.simulator.mmu import Leaf, Slot, Vm, World
 from tracer.simulator.ops import VERBS, create_slot, create_vm, delete_slot, destroy_vm
 from tracer.simulator.recorder import KIND, Recorder
 from tracer.tracewriter import TraceWriter
@@ -75,6 +75,12 @@ class _Tap:
 
     def open(self) -> Lives:
         return _rows(self._builder.open(), _OPEN)
+
+
+def _born(leaf: Leaf) -> tuple[int, int, int]:
+    """Return birth_ts, birth_cpu, birth_seq of a leaf; every leaf has them."""
+    assert leaf.born_by is not None, f"leaf of gfn {leaf.gfn:#x} was never born"
+    return leaf.birth_ts, leaf.born_by.cpu, leaf.birth_seq
 
 
 def _rows(frame: pd.DataFrame, names: tuple[str, ...]) -> Lives:
@@ -185,9 +191,8 @@ class Bench:
     def leaves(self) -> Lives:
         """Return the model's live leaves: columns _OPEN."""
         return {
-            (leaf.gfn, leaf.pfn, leaf.level, leaf.sptep or None, leaf.birth_ts, leaf.born_by.cpu,
-             leaf.birth_seq, leaf.changes)
-            for leaf in self.vm.all_leaves() if leaf.born_by is not None
+            (leaf.gfn, leaf.pfn, leaf.level, leaf.sptep or None, *_born(leaf), leaf.changes)
+            for leaf in self.vm.all_leaves()
         }  # fmt: skip
 
     def difference(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from live.bugs import SKIPPED
 
 import pfntrace
 from probes.arguments import parse_frames
@@ -315,6 +316,8 @@ def test_what_was_missed_and_torn_is_explained():
     assert "5 of them are faults whose end was missed" in text
     assert "interrupted by themselves: kp_spte 1,200" in text
     assert text.startswith("LOST 1,205 of 1,300 records")
+    # AND the lab's tests know by these words that a recording is to be made anew
+    assert SKIPPED in text
     # AND no larger buffer is asked for, which would not have kept them
     assert "--buffer-size" not in text
 
