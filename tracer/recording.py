@@ -77,10 +77,13 @@ def record_to(
         if child is not None:
             child.abandon()
         raise
-    armed = f"armed after {time.monotonic() - started:.1f} s"
-    say(f"pfntrace: recording to {path} ({armed})" + ("" if command else "; Ctrl-C ends it"))
+
+    def armed(after_s: float) -> None:
+        hint = "" if command else "; Ctrl-C ends it"
+        say(f"pfntrace: recording to {path} (armed after {after_s:.1f} s){hint}")
+
     try:
-        outcome = recorder.run(writer, child, started, show)
+        outcome = recorder.run(writer, child, started, armed, show)
     except BaseException as err:
         recorder.abandon()
         if isinstance(err, CommandError):

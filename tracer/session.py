@@ -156,12 +156,14 @@ class Recorder:
         writer: TraceWriter,
         command: Command | None,
         started: float,
+        told: Callable[[float], None],
         show: Callable[[Progress], None] | None = None,
     ) -> Outcome:
         """Arm, start the command, drain until the end, disarm, detach, close the trace.
 
-        `started` is time.monotonic() at the start of the process, for the outcome's
-        `armed_after_s`. The trace is valid however this ends.
+        `started` is time.monotonic() at the start of the process. `told` gets the seconds from
+        then on once everything is recorded and no command runs yet: whoever waits to start a VM
+        may do so when it is called. The trace is valid however this ends.
         """
         problem = ""
         self._writer = writer
@@ -170,6 +172,7 @@ class Recorder:
             self._armed_at = time.monotonic()
             armed_after = self._armed_at - started
             try:
+                told(armed_after)
                 if command is not None:
                     command.start()
                 why = self._loop(command, show)

@@ -118,7 +118,7 @@ class Boots:
                 npt="on" if boot.npt else "off",
                 device=boot.device,
                 append=boot.append,
-                timeout_s=900,
+                timeout_s=1800,
             ),
             stdout=lambda data: _say(name, data),
         )

@@ -35,8 +35,9 @@ class FakeRecorder:
         if self.fail_prepare is not None:
             raise self.fail_prepare
 
-    def run(self, writer, command, started, show):
+    def run(self, writer, command, started, told, show):
         self.calls.append("run")
+        told(1.5)
         if command is not None:
             command.start()
             while command.poll() is None:

@@ -86,6 +86,7 @@ class Story:
         self.kernel, self.path = kernel, path / "x.pfnt"
         self.options = RecordOptions(**options)
         self.ticks = 0
+        self.told: list[list[str]] = []
         self.shown: list[session.Progress] = []
         self.steps: list[Callable[[], None]] = []
 
@@ -96,6 +97,10 @@ class Story:
             self.steps[min(self.ticks, len(self.steps) - 1)]()
         self.ticks += 1
 
+    def _armed(self, after_s: float) -> None:
+        assert 1.5 <= after_s < 10
+        self.told.append(list(self.kernel.calls))
+
     def run(self, command=None, writer_class=TraceWriter, room=0) -> Outcome:
         settings = Settings(1, 1 << 16, 1 << 16)
         self.recorder = Recorder(None, settings, self.options, kernel=self.kernel)  # type: ignore[arg-type]
@@ -103,7 +108,9 @@ class Story:
         self.writer = writer_class(self.path, meta())
         if room:
             self.writer.room = room
-        return self.recorder.run(self.writer, command, time.monotonic() - 1.5, self._show)
+        return self.recorder.run(
+            self.writer, command, time.monotonic() - 1.5, self._armed, self._show
+        )
 
     def info(self) -> dict:
         with TraceReader(self.path) as reader:
@@ -251,6 +258,13 @@ def test_a_recording_ends_with_its_command(kernel, tmp_path):
     assert 0 < outcome.peak < 1
     assert_told(story, outcome)
     assert story.info()["kinds"]["FAULT"] == 20
+
+
+def test_nobody_is_told_that_the_probes_are_armed_before_they_are(kernel, tmp_path):
+    # Given one who waits for that word to let a VM go on: what it does then is recorded
+    story = Story(kernel, tmp_path, duration_s=0)
+    story.run()
+    assert story.told == [["load", "attach", "arm"]]
 
 
 def test_the_command_does_not_start_before_the_probes_are_armed(kernel, tmp_path):

@@ -34,12 +34,14 @@ SIMULATED = (
 DEMAND = ["demand_paging_test", "-v", "1", "-b", "64M"]
 
 
-def step(name: str, argv: list[str], timeout_s: float = 300, **more: object) -> dict:
-    """Run a command and keep what it said."""
+def step(name: str, argv: list[str], **more: object) -> dict:
+    """Run a command and keep what it said; it has as long as the host gives the whole boot.
+
+    An emulated kernel's own clock is no measure of a command's patience: once it told of 300 s
+    where 85 had gone by.
+    """
     began = time.monotonic()
-    done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
-    )
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     return keep(name, done.returncode, done.stdout, done.stderr, began, **more)
 
 
@@ -66,7 +68,8 @@ def whole(name: str, recording: Callable[[], dict]) -> dict:
         result = recording()
         if "the kernel skipped programs" not in result["stderr"]:
             return result
-        (OUT / f"{name}.pfnt").unlink()
+        for left in OUT.glob(f"{name}.*"):  # statistics too, which a second run would add to
+            left.unlink()
     return recording()
 
 
@@ -133,8 +136,9 @@ def large() -> None:
     """Large pages: mapped, split by dirty logging, put together again; and two address spaces."""
     Path("/proc/sys/vm/nr_hugepages").write_text("100")
     witnessed("large1", *DEMAND, "-s", "anonymous_hugetlb_2mb", options=("--fail-on-loss",))
-    witnessed("split", "dirty_log_page_splitting_test", "-b", "64M",
-              options=("--buffer-size", "256", "--fail-on-loss"))  # fmt: skip
+    # (of its storm 7.3 skips some each time: to make it anew would not help)
+    _witnessed("split", "dirty_log_page_splitting_test", "-b", "64M",
+               options=("--buffer-size", "256", "--fail-on-loss"))  # fmt: skip
     record("smm", "smm_test")
 
 
@@ -202,7 +206,7 @@ def _background(name: str, *options: str) -> tuple[subprocess.Popen[str], float]
 
 
 def _ended(name: str, process: subprocess.Popen[str], began: float) -> None:
-    status = process.wait(timeout=60)
+    status = process.wait()
     keep(name, status, "", (OUT / f"{name}.stderr").read_text(), began)
 
 
