@@ -6,6 +6,8 @@ fault lies in the leaf. On 6.1, 6.12 and 7.3 this holds for every install of eve
 is no exception:
 
 - A fault that is still open when the recording ends has no FAULT record yet.
+- A fault that was under way when the recording began never has one: what it sets is its thread's
+  first leaf, in a VM older than the recording, and in shadow paging the prefetched ones beside it.
 - On 7.3, with more vCPUs asleep in fault-in than there are kretprobe instances, the return of
   fault-in was missed in 123 of 1589 faults, and is not counted as loss: t_faultin is there,
   t_faultin_end is not. Such faults say nothing about the page.
@@ -35,11 +37,16 @@ from analysis.recording import Recording
 __all__ = ("NO_FAULTS", "GfnOutside", "InstallWithoutFaultIn", "misplaced")
 
 _INSTALL, _CHANGE = code("op", "install"), code("op", "change")
+_CREATE = code("op", "create")
 _FAULT = code("cause", "fault")
 _SHADOW = code("mmu", "shadow")
 _IN_FAULT = codes("cause", "fault", "prefetch")
 #: SPTE_MMU_PRESENT_MASK, arch/x86/kvm/mmu/spte.h.
 _PRESENT = np.uint64(1 << 11)
+#: PTE_PREFETCH_NUM of arch/x86/kvm/mmu/mmu.c: so many leaves are prefetched together, as 1 << this.
+_PREFETCHED = np.uint64(3)
+#: Later than every record (ns).
+_EVER = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 #: Installs that wait for their FAULT record: a thread has one fault at a time.
 _WAITING_MAX = 1 << 16
 _WAITING = ("ts", "cpu", "seq", "fault_ts", "tid", "vm", "gfn", "pfn")
@@ -97,6 +104,56 @@ class _Waiting:
         return np.asarray(rows["fault_ts"] < latest[which], np.bool_)
 
 
+class _UnderWay:
+    """Installs of faults that had begun before the recording did, and so are in none."""
+
+    def __init__(self) -> None:
+        self._created = np.zeros(0, np.uint64)
+        self._threads = np.zeros(0, np.uint64)  # those of which a fault was recorded
+        self._beside: dict[int, int] = {}  # thread -> where its fault under way set leaves
+
+    def step(
+        self, vms: Records, faults: Records, sptes: Records, at: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell which installs `at`, all in no fault, may be of one that was under way.
+
+        A thread has one fault at a time: each that it began after arming and before an install in
+        no fault has ended, and its record came before.
+        """
+        created = vms["vm"][vms["op"] == _CREATE].astype(np.uint64)
+        self._created = np.union1d(self._created, created)
+        maybe = ~np.isin(sptes["vm"][at], self._created)
+        maybe &= ~np.isin(sptes["tid"][at], self._threads)
+        maybe[maybe] &= self._before(faults, sptes, at[maybe])
+        self._threads = np.union1d(self._threads, faults["tid"].astype(np.uint64))
+        if maybe.any():
+            maybe[maybe] &= self._together(sptes, at[maybe])
+        return maybe
+
+    @staticmethod
+    def _before(
+        faults: Records, sptes: Records, at: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        # Tell which installs came before all faults of their thread in these records.
+        threads, which = np.unique(sptes["tid"][at], return_inverse=True)
+        first = np.full(len(threads), _EVER, np.uint64)
+        mine = np.isin(faults["tid"], threads)
+        place = np.searchsorted(threads, faults["tid"][mine])
+        np.minimum.at(first, place, faults["fault_ts"][mine].astype(np.uint64))
+        return np.asarray(sptes["ts"][at] < first[which], np.bool_)
+
+    def _together(self, sptes: Records, at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        threads, first, which = np.unique(
+            sptes["tid"][at], return_index=True, return_inverse=True
+        )
+        near = sptes["gfn"][at].astype(np.uint64) >> _PREFETCHED
+        place = [
+            self._beside.setdefault(int(tid), int(near[row]))
+            for tid, row in zip(threads, first, strict=True)
+        ]
+        return np.asarray(near == np.array(place, np.uint64)[which], np.bool_)
+
+
 class _Rows:
     """Rows that look like records to `Occurrences`."""
 
@@ -144,13 +201,15 @@ class InstallWithoutFaultIn:
         "(arch/x86/kvm/mmu/mmu.c)."
     )
     columns: Mapping[str, Sequence[str]] = {
-        "SPTE": ("op", "cause", "fault_ts", "tid", "vm", "gfn", "pfn", "level", "old", "mmu")
+        "SPTE": ("op", "cause", "fault_ts", "tid", "vm", "gfn", "pfn", "level", "old", "mmu"),
+        "VM": ("op", "vm"),
     }
     wants_lives = False
     joins_faults = True
 
     def __init__(self) -> None:
         self._waiting = _Waiting()
+        self._under_way = _UnderWay()
         self._found = {what: Occurrences() for what in _WRONG}
 
     def start(self, recording: Recording) -> str:
@@ -167,7 +226,9 @@ class InstallWithoutFaultIn:
         collapse = (sptes["level"][installs] > 1) & ((sptes["old"][installs] & _PRESENT) != 0)
         collapse &= sptes["mmu"][installs] != _SHADOW
         self._installs += len(installs)
-        self._found["nobody"].add(sptes, installs[~inside & ~collapse])
+        nobody = installs[~inside & ~collapse]
+        early = self._under_way.step(chunk["VM"], join.records, sptes, nobody)
+        self._found["nobody"].add(sptes, nobody[~early])
         # With --gfn a prefetched neighbour may be wanted and the fault itself not.
         named = inside & (np.isin(cause, _IN_FAULT) if self._recording.gfns is None
                           else cause == _FAULT)  # fmt: skip

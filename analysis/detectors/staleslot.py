@@ -129,7 +129,7 @@ class StaleSlot:
             vm = vm[known]
         space = self._spaces.of(vm, sptes["as_id"][at])
         out = self._slots.outside(space, sptes["gfn"][at], sptes["ts"][at], ended)
-        if out.any():
+        if len(out):
             self._waiting = sptes, at[out]
 
     def _settle(self) -> None:

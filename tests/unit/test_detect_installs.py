@@ -81,6 +81,51 @@ def test_a_fault_that_has_not_ended_yet(kernel, tmp_path):
     assert ask(copy, tmp_path, NAME).findings == ()
 
 
+def armed_in_a_fault(kernel, number=7):
+    """Return what a recorder sees that was armed amid a fault of a guest that runs already."""
+    copy = reclaim(kernel)
+    one = page(copy, number)
+    began = int(copy["FAULT"]["h"]["fault_ts"][one.fault])
+    copy.drop("FAULT", np.arange(len(copy["FAULT"])) == one.fault)
+    for kind in ("SPTE", "RELEASE"):
+        copy[kind]["h"]["fault_ts"][copy[kind]["h"]["fault_ts"] == began] = 0
+    first = copy["SPTE"]["h"]["ts"] == one.born
+    copy["SPTE"]["cause"][first] = wire.CAUSES.index("other")
+    slots = copy["SLOT"]  # which the next fault makes known
+    slots["h"]["op"], slots["h"]["ts"] = wire.OPS.index("seen"), one.born + 1
+    for kind in copy.records:
+        copy.drop(kind, copy[kind]["h"]["ts"] < one.born)
+    return copy, one
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS)
+@pytest.mark.parametrize("rows_max", [1, 1 << 18])
+def test_a_fault_that_was_under_way_when_the_recorder_was_armed(kernel, rows_max, tmp_path):
+    # Given a VM that ran before, and as its first record a leaf of a fault that nobody saw begin
+    copy, _ = armed_in_a_fault(kernel)
+    # When everybody is asked, then nobody is accused
+    assert ask(copy, tmp_path, rows_max=rows_max).findings == ()
+
+
+@pytest.mark.parametrize("kernel", GENERATIONS)
+@pytest.mark.parametrize("wrong", ["new VM", "elsewhere", "later"])
+def test_what_no_fault_under_way_can_have_installed(kernel, wrong, tmp_path):
+    # Given the same, but of a VM that was made in the recording; or the thread's second leaf, far
+    # from the first; or one after another fault of the thread
+    copy, one = armed_in_a_fault(kernel)
+    if wrong == "new VM":
+        copy.add("VM", h__ts=one.born - 1, h__op=wire.OPS.index("create"), h__vm=1)
+    else:
+        other = page(copy, 15)
+        nobody(copy, other)
+        if wrong == "elsewhere":
+            copy["SPTE"]["h"]["ts"][other.install] = one.born + 10
+    # Then it was nobody
+    finding = only(ask(copy, tmp_path, NAME))
+    assert (finding.verdict, finding.count) == ("probable", 1)
+    assert "by nobody" in finding.title
+
+
 @pytest.mark.parametrize("kernel", GENERATIONS)
 def test_a_fault_in_whose_return_was_missed_says_nothing(kernel, tmp_path):
     copy = reclaim(kernel)

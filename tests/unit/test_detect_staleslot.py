@@ -118,6 +118,14 @@ def test_the_answer_does_not_depend_on_the_size_of_pieces(rows_max, tmp_path):
     assert only(cut).count == 12
 
 
+@pytest.mark.parametrize("rows_max", [1, 2, 5])
+def test_installs_in_no_slot_are_found_in_small_pieces_too(rows_max, tmp_path):
+    # Given pieces of which the first record is such an install (once that was taken for none)
+    copy = reclaim("6.12")
+    copy.drop("SLOT", copy.ops("SLOT", "create"))
+    assert only(ask(copy, tmp_path, NAME, rows_max=rows_max)).count == 23
+
+
 def test_without_slot_records_there_is_no_answer(tmp_path):
     copy = reclaim("6.12")
     copy.unhook("commit_slot")

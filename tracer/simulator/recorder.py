@@ -53,6 +53,10 @@ _RELEASE: Final = KIND["RELEASE"]
 _SPTE: Final = KIND["SPTE"]
 _INVALIDATE: Final = KIND["INVALIDATE"]
 
+#: What is only recorded of a fault whose entry was.
+_OF_FAULTS: Final = ("FAULT", "SLOT", "VMA")
+_CAUSES_OF_FAULTS: Final = np.array([CAUSE["fault"], CAUSE["prefetch"]], "u1")
+
 #: What may happen to the records on their way to the file (hostile mode): what of them is not
 #: lost, and that as it is written.
 Tamper = Callable[[Group], tuple[Group, Group]]
@@ -83,6 +87,16 @@ class _Store:
         self.data[: len(rest)] = rest
         self.count = len(rest) // size
         return held[:old]
+
+
+def _outside(kind: str, records: npt.NDArray[np.void], which: npt.NDArray[np.bool_]) -> None:
+    # Make records of faults those of no fault, as finish_event() of probes/bpf writes them.
+    records["h"]["fault_ts"][which], records["h"]["vcpu"][which] = 0, -1
+    if kind == "RELEASE":  # of a page, of which only the fault would tell whose it is
+        records["h"]["vm"][which], records["gfn"][which] = 0, 0
+    if kind == "SPTE":
+        named = which & np.isin(records["cause"], _CAUSES_OF_FAULTS)
+        records["cause"][named] = CAUSE["other"]
 
 
 def head_of(task: Task, kind: int, op: int) -> bytes:
@@ -271,18 +285,19 @@ class Recorder:
     def _within(self, group: Group) -> Group:
         """Leave out what happened before the recorder was armed and after it was killed.
 
-        Numbers of records begin with 0 when it is armed.
+        Numbers of records begin with 0 when it is armed. A fault that was under way then is not
+        seen, since its entry had no probe: what happens in it seems to happen in none.
         """
         first, last = self._span
         left = []
         for kind, records in group:
             ts, cpu = records["h"]["ts"], records["h"]["cpu"]
-            # A fault that began earlier is not seen: its entry had no probe.
-            begun = (records["h"]["fault_ts"] == 0) | (records["h"]["fault_ts"] >= first)
-            early = (ts < first) | ~begun
+            under_way = (records["h"]["fault_ts"] != 0) & (records["h"]["fault_ts"] < first)
+            early = (ts < first) | (under_way & (kind in _OF_FAULTS))
             self._skipped += np.bincount(cpu[early], minlength=len(self._skipped)).astype("u4")
             kept = records[~early & (ts < last)].copy()
             kept["h"]["seq"] -= self._skipped[kept["h"]["cpu"]]
+            _outside(kind, kept, under_way[~early & (ts < last)])
             if len(kept):
                 left.append((kind, kept))
         return left
