@@ -26,9 +26,10 @@ from analysis.columns import Records, code
 from analysis.detector import Chunk
 from analysis.detectors.common import missing_hooks, refcountable, where_of_gfn
 from analysis.detectors.neverfreed import LRU_PAGES, KeptPages
-from analysis.detectors.newpages import NewPages, kept_by_new_pages
+from analysis.detectors.newpages import NewPages, kept_by_new_pages, pg_lru
 from analysis.detectors.pagegroups import ANONYMOUS, KNOWN, Anonymous, Groups
 from analysis.detectors.puts import judged_faults
+from analysis.detectors.since import Since, those
 from analysis.faultjoin import FaultJoin
 from analysis.findings import Chain, Finding, Innocent, ranges_of
 from analysis.lifearrays import LifeArrays
@@ -57,8 +58,9 @@ _OLD_SOME = 8
 #: Ends of a recording after which the VM's process is gone, and with it its memory.
 _PROCESS_ENDED = ("command", "vm")
 #: `state` of a page, with ANONYMOUS and KNOWN: it was zapped; `first` and `last` are of it; its
-#: count once moved otherwise than with a fault; KVM had to walk a PFNMAP mapping to find it.
-_ZAPPED, _SEEN, _STRAYED, _PFNMAP = 4, 8, 16, 32
+#: count once moved otherwise than with a fault; KVM had to walk a PFNMAP mapping to find it; it was
+#: on no LRU list when it was zapped, so that one reference is of the batch, or of who took it off.
+_ZAPPED, _SEEN, _STRAYED, _PFNMAP, _QUEUED = 4, 8, 16, 32, 64
 _HISTORY = np.uint8(_SEEN | _STRAYED | _PFNMAP)
 _GFN_MAX = (1 << 32) - 1
 #: Largest order of a block that is freed at once: a 1G page.
@@ -87,7 +89,7 @@ class Growth:
         "PAGE_FREE": ("pfn", "order"),
         "VM": ("vm", "op"),
         "INVALIDATE": ("op",),
-        "SPTE": ("op", "pfn", "level", "refcount", "mapcount", "page_bits"),
+        "SPTE": ("op", "pfn", "level", "refcount", "mapcount", "page_flags", "page_bits"),
     }
     wants_lives = False
     joins_faults = True
@@ -119,6 +121,7 @@ class Growth:
         if recording.semantics.put == "unknown":
             return f"what generation {recording.generation or '(none)'} promises is not known"
         self._anonymous = Anonymous(recording)
+        self._lru = pg_lru(recording)
         # Where a record shows each put, a missing one needs no count.
         self._new = NewPages(recording) if recording.semantics.put != "in fault" else None
         return missing_hooks(recording, "page_free")
@@ -135,7 +138,7 @@ class Growth:
             # Pages that were freed and handed out again in this chunk begin anew.
             self._take(chunk, again)
 
-    def _take(self, chunk: Chunk, since: "_Since | None") -> None:
+    def _take(self, chunk: Chunk, since: "Since | None") -> None:
         """Take what happened to pages; only since they were freed if `since` is given."""
         if len(chunk.faults):
             if self._new is not None and since is None:
@@ -144,7 +147,7 @@ class Growth:
             self._feed_prefetches(chunk.faults, since)
         self._feed_zaps(chunk["SPTE"], since)
 
-    def _feed_faults(self, faults: Records, since: "_Since | None") -> None:
+    def _feed_faults(self, faults: Records, since: "Since | None") -> None:
         judged = judged_faults(faults, self._recording)
         judged &= (faults["page_bits"] & _COMPOUND) == 0
         rows = np.flatnonzero(judged & (faults["page_bits_end"] > 0))
@@ -153,7 +156,7 @@ class Growth:
         ts = faults["ts"]
         self._span = [min(self._span[0], int(ts[rows[0]])), max(self._span[1], int(ts[rows[-1]]))]
         at = self._pages.at(faults["pfn"][rows], add=True)
-        rows, at = _those(rows, at, ts, since)
+        rows, at = those(rows, at, ts, since)
         above = faults["refcount_end"][rows] - faults["mapcount_end"][rows]
         pages = self._pages
         strayed = self._strayed(faults, rows, at, above)
@@ -192,7 +195,7 @@ class Growth:
         stray = has_before & ((count != before + 1) | (taken != count))
         return np.asarray(page[stray], np.int64)
 
-    def _feed_prefetches(self, join: FaultJoin, since: "_Since | None") -> None:
+    def _feed_prefetches(self, join: FaultJoin, since: "Since | None") -> None:
         """Count the references of prefetched pages too: KVM takes and puts one for each."""
         sptes, faults = join.sptes, join.records
         rows = sptes["cause"] == code("cause", "prefetch")
@@ -202,7 +205,7 @@ class Growth:
         bits = sptes["page_bits"]
         rows = np.flatnonzero(rows & refcountable(bits) & ((bits & _COMPOUND) == 0))
         at = self._pages.at(sptes["pfn"][rows], add=True)
-        rows, at = _those(rows, at, sptes["ts"], since)
+        rows, at = those(rows, at, sptes["ts"], since)
         pages = self._pages
         np.add.at(pages["gets"], at, np.uint32(1))
         pages["ts"][at] = sptes["ts"][rows]
@@ -216,7 +219,7 @@ class Growth:
         pages["gfn"][at] = np.minimum(sptes["gfn"][rows], np.uint64(_GFN_MAX))
         pages["cpu"][at] = sptes["cpu"][rows]
 
-    def _feed_zaps(self, sptes: Records, since: "_Since | None") -> None:
+    def _feed_zaps(self, sptes: Records, since: "Since | None") -> None:
         zaps = (sptes["op"] == code("op", "zap")) & (sptes["level"] == 1)
         # A type in place of the map count (buddy, slab) is far below -1.
         zaps &= (sptes["page_bits"] > 0) & (sptes["mapcount"] >= -1)
@@ -224,13 +227,15 @@ class Growth:
         rows = np.flatnonzero(zaps)
         if not len(rows):
             return
-        rows, at = _those(rows, self._pages.at(sptes["pfn"][rows]), sptes["ts"], since)
+        rows, at = those(rows, self._pages.at(sptes["pfn"][rows]), sptes["ts"], since)
         excess = sptes["refcount"][rows] - (sptes["mapcount"][rows] + 1)
         # Of several zaps of a page the last one stays: rows are in order of time.
         self._pages["excess"][at] = np.clip(excess, -1000, 1000)
-        self._pages["state"][at] |= np.uint8(_ZAPPED)
+        queued = (sptes["page_flags"][rows] & self._lru) == 0 if self._lru else False
+        zapped = np.where(queued, np.uint8(_ZAPPED | _QUEUED), np.uint8(_ZAPPED))
+        self._pages["state"][at] = (self._pages["state"][at] & ~np.uint8(_QUEUED)) | zapped
 
-    def _feed_frees(self, frees: Records) -> "_Since | None":
+    def _feed_frees(self, frees: Records) -> "Since | None":
         """Forget freed pages; return those that a fault got again in this chunk, if any."""
         if not len(frees) or not len(self._pages):
             return None
@@ -254,7 +259,7 @@ class Growth:
         self._groups.freed(pages["group"][at[sane & (pages["excess"][at] == 0)]])
         pages["gets"][at] = 0
         pages["state"][at] &= np.uint8(ANONYMOUS | KNOWN)
-        return _Since(at[again], ts[again]) if again.any() else None
+        return Since(at[again], ts[again]) if again.any() else None
 
     def finish(self, open_lives: LifeArrays) -> list[Finding]:
         """Return what was found."""
@@ -345,24 +350,26 @@ class Growth:
         state = self._pages["state"][: len(self._pages)]
         group = self._pages["group"][: len(self._pages)]
         excess = self._pages["excess"][: len(self._pages)].astype(np.int64)
-        left = (faults > 0) & ((state & _ZAPPED) != 0)
+        queued = (state & _QUEUED) != 0
+        held = excess - queued
+        left = (faults > 0) & ((state & _ZAPPED) != 0) & ~(queued & (held == 0))
         # Memory of a file is held by its page cache; where nothing is known it may be a file's.
         left &= (state & (ANONYMOUS | KNOWN)) != KNOWN
         left &= self._groups.of_vms(self._gone)[group]
-        fits = left & (excess == faults)
+        fits = left & (held == faults)
         bound = LRU_PAGES * self._recording.facts.cpus
         old = 0
-        if fits.sum() <= bound or (fits | self._batched(left, faults)).sum() < _MOST * left.sum():
+        batched = self._batched(left & ~queued, faults)
+        if fits.sum() <= bound or (fits | batched).sum() < _MOST * left.sum():
             old = self._old(fits)
             if old < _OLD_SOME:
                 return None
-        batched = self._batched(left, faults)
         at = np.flatnonzero(fits | batched)
         several = (faults[at] > 1).sum() > bound
         kept = KeptPages(
             pages=len(at),
             cpus=self._recording.facts.cpus,
-            batched=int(batched.sum()),
+            batched=int((batched | (fits & queued)).sum()),
             old=old,
             anonymous=((state[at] & ANONYMOUS) != 0).mean() >= _MOST,
             several=bool(several),
@@ -395,7 +402,7 @@ class Growth:
     def _batched(
         self, left: npt.NDArray[np.bool_], faults: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
-        """Tell which pages have one reference more: the newest ones are in LRU batches too."""
+        """Tell which pages have one reference more: some are in LRU batches too."""
         excess = self._pages["excess"][: len(self._pages)].astype(np.int64)
         batched = left & (excess == faults + _BATCHED)
         # There is not room for more; and they alone would prove nothing.
@@ -466,30 +473,3 @@ class Growth:
             chain=Chain(records=(), pfns=(frame,), ts_from=self._span[0]),
             detail=dict(detail),
         )
-
-
-class _Since:
-    """Pages that were freed in a chunk, and when last."""
-
-    def __init__(self, at: npt.NDArray[np.int64], ts: npt.NDArray[Any]) -> None:
-        # Frees are in order of time, so that the last of a page comes first backwards.
-        self._at, first = np.unique(at[::-1], return_index=True)
-        self._ts = ts[::-1][first]
-
-    def __call__(self, at: npt.NDArray[np.int64], ts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Tell which of some moments of pages are after their free."""
-        place = np.minimum(np.searchsorted(self._at, at), len(self._at) - 1)
-        return np.asarray((self._at[place] == at) & (ts > self._ts[place]), np.bool_)
-
-
-def _those(
-    rows: npt.NDArray[np.int64],
-    at: npt.NDArray[np.int64],
-    ts: npt.NDArray[Any],
-    since: _Since | None,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows whose page is kept, and their pages; with `since` those after its free."""
-    kept = at >= 0
-    if since is not None:
-        kept &= since(at, ts[rows])
-    return rows[kept], at[kept]

@@ -143,9 +143,7 @@ class _UnderWay:
         return np.asarray(sptes["ts"][at] < first[which], np.bool_)
 
     def _together(self, sptes: Records, at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        threads, first, which = np.unique(
-            sptes["tid"][at], return_index=True, return_inverse=True
-        )
+        threads, first, which = np.unique(sptes["tid"][at], return_index=True, return_inverse=True)
         near = sptes["gfn"][at].astype(np.uint64) >> _PREFETCHED
         place = [
             self._beside.setdefault(int(tid), int(near[row]))

@@ -24,7 +24,7 @@ from analysis.recording import Recording
 from analysis.text import plural
 from probes.wire import PAGE_BITS
 
-__all__ = ("NewPages", "Share", "kept_by_new_pages")
+__all__ = ("NewPages", "Share", "kept_by_new_pages", "pg_lru")
 
 _PLAIN = PAGE_BITS["has_struct"]
 _MMU = {"tdp": "TDP", "shadow": "shadow"}
@@ -63,6 +63,12 @@ class Share:
         return "probable" if count >= _MOST * self.judged else "inconclusive"
 
 
+def pg_lru(recording: Recording) -> np.uint64:
+    """Return the bit of page->flags of a page on an LRU list; 0 if the trace does not say."""
+    bit = recording.facts.enums.get("PG_lru", -1)
+    return np.uint64(1 << bit if 0 <= bit < _FLAGS else 0)
+
+
 class NewPages:
     """Looks at new pages after faults; `shares` are of the two MMUs, by their names."""
 
@@ -70,7 +76,7 @@ class NewPages:
         self._recording = recording
         self._anonymous = Anonymous(recording)
         bits = {k: v for k, v in recording.facts.enums.items() if 0 <= v < _FLAGS}
-        self._lru = np.uint64(1 << bits["PG_lru"] if "PG_lru" in bits else 0)
+        self._lru = pg_lru(recording)
         unclear = (1 << bits[name] for name in ("PG_mlocked", "PG_swapcache") if name in bits)
         self._unclear = np.uint64(sum(unclear))
         self.shares = {name: Share(0, Occurrences(), Occurrences()) for name in ("tdp", "shadow")}

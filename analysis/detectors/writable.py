@@ -108,9 +108,10 @@ class WritableOverReadOnly:
         present = sptes["op"] != _ZAP
         new = sptes["new"]
         writable = (new & _WRITABLE) != 0
+        let = (new & (self._host | _WRITABLE)) != 0
         host, mmu = (new & self._host) != 0, (new & self._mmu) != 0
         wrong = (mmu & ~host) | (writable & ~mmu) if self._mmu else writable & ~host
-        zero = writable & ((sptes["page_bits"] & _ZERO) != 0)
+        zero = let & ((sptes["page_bits"] & _ZERO) != 0)
         gained = host & (sptes["op"] == _CHANGE) & (sptes["cause"] != _FAULT)
         gained &= (sptes["old"] & self._host) == 0
         for what, which in (("bits", wrong), ("zero", zero), ("gained", gained)):
@@ -132,12 +133,14 @@ class WritableOverReadOnly:
         known = faults["t_faultin_end"][fault] != NEVER
         allowed = faults["writable"][fault]
         flags = faults["vm_flags"][fault]
-        wrong = known & ~allowed & ((new & (self._host | _WRITABLE)) != 0)
-        mapped = (flags != 0) & ((flags & _VM_WRITE) == 0) & ((new & _WRITABLE) != 0)
+        # Dirty logging takes write access away, and leaves the bit that lets it be given back.
+        let = (new & (self._host | _WRITABLE)) != 0
+        wrong = known & ~allowed & let
+        mapped = (flags != 0) & ((flags & _VM_WRITE) == 0) & let
         self._add("fault", join, at[wrong])
         self._add("vma", join, at[mapped & ~wrong])
         if self._noted:
-            rest = at[~mapped & ~wrong & known & ((new & _WRITABLE) != 0)]
+            rest = at[~mapped & ~wrong & known & let]
             self._add("note", join, rest[self._read_only_by_note(faults, sptes.fault[rest])])
 
     def _read_only_by_note(
@@ -216,11 +219,19 @@ class WritableOverReadOnly:
             self,
             self._recording,
             "inconclusive" if lost or unsure else sure,
-            f"{_TITLES[what]}; first gfn {self._leaf[what][0]:#x} by SPTE {self._leaf[what][1]:#x}",
+            f"{self._title(what)}; first gfn {self._leaf[what][0]:#x} by SPTE "
+            f"{self._leaf[what][1]:#x}",
             functions=_FUNCTIONS[what],
             innocent=explanations,
             detail=self._words(found.first),
         )
+
+    def _title(self, what: str) -> str:
+        """Return what is wrong; of a leaf without write access, that it may get it back."""
+        if self._leaf[what][1] & int(_WRITABLE):
+            return _TITLES[what]
+        title = _TITLES[what].replace("are writable", "may be made writable")
+        return title.replace("is mapped writable", "may be made writable")
 
     def _words(self, first: Mapping[str, Any]) -> dict[str, Any]:
         """Return the bits of the first leaf, if its record is at hand."""

@@ -170,6 +170,18 @@ def test_what_lies_between_two_frees_of_a_page_is_over(tmp_path):
     assert named and over and not named & over
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_page_on_no_lru_list_is_held_by_a_batch_and_not_by_kvm(seed, tmp_path):
+    # GIVEN faults that forget one put in twenty, and pages that a thread of the VMM has touched
+    # first: they wait in the batch of a cpu that nothing drains (once five of them were named)
+    made = make(tmp_path, kernel="v7", scenario="pfncache", mmu="shadow", vcpus=2,
+                bugs=("missing_put_shadow",), mem_bytes=8 << 20, seed=seed)  # fmt: skip
+    # THEN only pages are named whose references were not given back
+    finding = only(told(made.path, NAME))
+    named = {pfn for first, last in finding.pfns for pfn in range(first, last + 1)}
+    assert named <= {row["pfn"] for row in made.truth("bugs")} and len(named) > 40
+
+
 @pytest.mark.parametrize("newest", [True, False], ids=["newest", "of a quiet cpu"])
 def test_pages_in_lru_batches_at_the_end_are_not_old(newest, tmp_path):
     # GIVEN a sane kernel, and 31 pages that a batch holds: the newest ones of a cpu that is at

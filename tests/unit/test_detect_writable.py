@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from unit.mapkit import GENERATIONS, MAPS, SANE, ask, only, page, reclaim
+from unit.simkit import make
 from unit.tracekit import NO_PFN, SHIPPED, Copy
 
 from analysis.check import check_trace
@@ -224,3 +225,19 @@ def test_without_the_kernel_s_masks_there_is_no_answer(tmp_path):
     copy.meta = dataclasses.replace(copy.meta, facts=json.dumps(facts))
     result = ask(copy, tmp_path, NAME)
     assert result.findings == () and "shadow_host_writable_mask" in result.unanswerable[0].reason
+
+
+# --- simulated ------------------------------------------------------------------------------------
+
+
+def test_dirty_logging_takes_write_access_and_leaves_what_lets_it_be_given_back(tmp_path):
+    # GIVEN a guest under dirty logging, whose reads get the zero page as if the host let it write:
+    # no leaf is writable, but the next write fault would make it so without asking the host
+    made = make(tmp_path, kernel="6.12", scenario="migration", bugs=("writable_over_readonly",),
+                vcpus=4, seed=288531778)  # fmt: skip
+    leaves = [row["new"] for row in made.rows("SPTE") if row["pfn"] == 0xBAB3A]
+    assert leaves and not any(new & 2 for new in leaves)
+    # THEN it is told as what it is
+    finding = only(check_trace(made.path, ["writable"]))
+    assert finding.verdict == "definite"
+    assert "the host's zero page may be made writable" in finding.title

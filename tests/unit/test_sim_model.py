@@ -56,6 +56,22 @@ def test_what_a_zap_marks_and_what_the_spte_says(tmp_path, kernel):
     assert bit == {KERNELS[kernel].generation == "G1"}
 
 
+@pytest.mark.parametrize(
+    ("kernel", "scenario", "seed"), [("v11", "snapshot", 421938537), ("6.13", "demand", 1)]
+)
+def test_no_page_is_handed_out_before_it_is_freed(tmp_path, kernel, scenario, seed):
+    # Given vCPUs that run ahead of one another by a step, one of which frees what another wants
+    made = make(tmp_path, kernel=kernel, scenario=scenario, mem_bytes=8 << 20, vcpus=4, seed=seed,
+                bugs=("stale_sequence",))  # fmt: skip
+    free = set()
+    for row in made.rows("PAGE_FREE", "PAGE_ALLOC"):
+        if row["kind"] == "PAGE_FREE":
+            free.add(row["pfn"])
+        else:
+            assert row["pfn"] in free, row
+            free.remove(row["pfn"])
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_memory_of_ttm_whose_tails_nobody_counts(tmp_path, kernel):
     # Given a blob of TTM: blocks of eight pages, of which the first has count 1, the others 0

@@ -7,6 +7,7 @@ import pytest
 from unit.simkit import make
 from unit.tracekit import Copy
 
+from analysis.check import check_trace
 from probes.errors import TraceFormatError, UsageError
 from probes.facts import KernelFacts
 from probes.wire import CALLS
@@ -171,6 +172,21 @@ def test_a_leak_of_prefetched_pages_is_invisible_where_their_put_is_inlined():
     assert conform(TRACES / "leak-prefetch-6.12.pfnt").conforms
 
 
+def test_a_replay_says_of_how_many_puts_nothing_is_known(tmp_path):
+    # Given huge pages on a kernel whose put no record shows, and where it is missing
+    made = make(tmp_path, kernel="v8", scenario="thp", mmu="shadow", bugs=("missing_put_shadow",),
+                mem_bytes=8 << 20)  # fmt: skip
+    answer = conform(made.path)
+    # Then their counts prove nothing, and that is said
+    assert answer.conforms and answer.unseen > 100
+    told = list(replay_lines(answer))
+    assert told[1].startswith(f"  Of {answer.unseen:,} faults on compound pages")
+    assert max(map(len, told)) <= 80 and answer.to_json()["puts_unseen"] == answer.unseen
+    # and of pages whose put has a record everything is known
+    made = make(tmp_path, kernel="v9", scenario="thp", mem_bytes=8 << 20)
+    assert conform(made.path).unseen == 0
+
+
 def test_a_version_of_the_series_explains_its_own_bug_when_it_is_named():
     trace = CUT / "bug-series-v9-as-mailed-6.12.pfnt"
     assert conform(trace, model="v9-mailed").conforms
@@ -249,6 +265,41 @@ def test_each_model_explains_its_own_stories(tmp_path, kernel):
         answer = conform(made.path, model=kernel if wrong else "")
         assert answer.kernel == kernel
         assert answer.conforms, (scenario, answer.expected, answer.divergence)
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if not KERNELS[name].bugs])
+def test_a_recording_that_begins_amid_faults_and_invalidations_conforms(tmp_path, kernel):
+    # Given a guest that runs already, and recorders that are armed at any moment of its work
+    under_way = working = 0
+    for scenario in ("balloon", "storm", "nested", "demand"):
+        for seed, share in enumerate((0.23, 0.33, 0.43, 0.53)):
+            made = make(tmp_path, kernel=kernel, scenario=scenario, mem_bytes=1 << 20, vcpus=3,
+                        seed=seed, hostile=(f"late={share}",))  # fmt: skip
+            sptes, ranges = made.rows("SPTE"), made.rows("INVALIDATE")
+            under_way += any(r["op"] == "install" and r["cause"] == "other" for r in sptes)
+            working += bool(ranges and ranges[0]["in_progress"] > (ranges[0]["op"] == "start"))
+            # When it is replayed and checked
+            answer = conform(made.path)
+            # Then what was begun before is no wrong record, and nobody is accused
+            assert answer.conforms, (scenario, seed, answer.expected, answer.divergence)
+            found = check_trace(made.path).findings
+            assert not [f for f in found if f.verdict in ("definite", "probable")]
+    assert under_way and working
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12", "v9"])
+def test_puts_of_nobody_do_not_conform_in_an_old_vm_either(tmp_path, kernel):
+    # Given the same, but a thread that puts and puts, and never faults
+    made = make(tmp_path, kernel=kernel, scenario="demand", hostile=("late=0.3",))
+    copy = Copy.of(made.path)
+    assert conform(made.path).conforms
+    one = copy["RELEASE"][copy["RELEASE"]["h"]["fault_ts"] > 0][:1].copy()
+    one["h"]["fault_ts"], one["h"]["vcpu"], one["h"]["tid"], one["h"]["vm"] = 0, -1, 77, 0
+    many = np.repeat(one, 21)
+    many["h"]["seq"] += np.arange(21, dtype="u4") + (1 << 30)
+    copy["RELEASE"] = np.concatenate([copy["RELEASE"], many])
+    answer = conform(copy.write(tmp_path / "t.pfnt"))
+    assert not answer.conforms and "a put outside of faults" in answer.expected
 
 
 @pytest.mark.parametrize(

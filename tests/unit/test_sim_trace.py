@@ -304,8 +304,9 @@ def test_the_command_line_lists_and_simulates(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {
         "x.pfnt", "x.truth-lives.parquet", "x.truth-references.parquet", "x.truth-bugs.parquet",
     }  # fmt: skip
-    refused = run("--mem", "tiny")
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    for words in (("--mem", "tiny"), ("--bug", "gremlin"), ("--scenario", "party")):
+        refused = run(*words)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
 
 
 def test_a_bug_that_never_struck_is_told_with_the_scenario_where_it_does(tmp_path):

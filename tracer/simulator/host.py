@@ -26,6 +26,8 @@ TAIL_BITS: Final = _HAS_STRUCT | _TAIL
 #: mm_page_free and mm_page_alloc are recorded for pages that a VM mapped: 0 no, 1 mapped, 2 freed.
 _MAPPED: Final = 1
 _FREED: Final = 2
+#: Free pages that are looked at for one that is free by now.
+_LOOKS: Final = 64
 
 
 class Page:
@@ -163,10 +165,15 @@ class Host:
         self._unmapped = Page(0, 0, 0, 0)
 
     def alloc(self, task: Task, order: int, *, count: int = 1) -> Page:
-        """Hand out a compound page or a single one, the one freed last first."""
-        free = self._free.get(order)
-        if free:
-            page = free.pop()
+        """Hand out a compound page or a single one, the one freed last first.
+
+        Tasks run ahead of one another by a step: what another one frees later is not there yet.
+        """
+        free = self._free.setdefault(order, [])
+        for at in range(len(free) - 1, max(-1, len(free) - _LOOKS), -1):
+            if free[at].freed_at > task.now:
+                continue
+            page = free.pop(at)
             page.flags, page.mapcount = self.flags.plain, -1
             page.count = self._kernel.alloc_count
             if page.seen == _FREED:

@@ -29,6 +29,11 @@ _RAGGED_NS = 600_000_000
 _NOT_ITS_RULES = (
     "the recording broke the rules of {0}, as said above: this is what {0} would have done"
 )
+_UNSEEN = (
+    "Of {0:,} faults on compound pages, or on memory that is not known to be anonymous, nothing "
+    "recorded tells whether they gave their page back: no record shows the put of this kernel, "
+    "and others may hold such a page. pfntrace check looks at how the counts grow."
+)
 _NO_END = (
     "The recording has no end: its recorder was killed, or the file was cut. There some kinds of "
     "records are missing, and nothing can be said of the rest. Replay one that is complete."
@@ -51,6 +56,8 @@ class Conformance:
     kernel: str
     records: int
     explained: int
+    #: faults of which nothing recorded tells whether they gave their page back
+    unseen: int = 0
     #: records at the ragged end of an incomplete trace, where the replay stops
     unjudged: int = 0
     divergence: dict[str, Any] | None = None
@@ -72,6 +79,7 @@ class Conformance:
             "records": self.records,
             "explained": self.explained,
             "unjudged": self.unjudged,
+            "puts_unseen": self.unseen,
             "conforms": self.conforms,
             "first_divergence": None,
         }
@@ -240,6 +248,7 @@ def _run(
         divergence=None if first is None else _shown(first.row),
         expected="" if first is None else first.expected,
         known_at=known_at,
+        unseen=model.unseen,
         other=other,
         what_if=what_if.difference() if what_if is not None else None,
     )
@@ -285,6 +294,8 @@ def replay_lines(answer: Conformance, width: int = 80) -> Iterator[str]:
     model = KERNELS[answer.kernel]
     if answer.conforms:
         yield f"conforms: {answer.explained:,} of {answer.records:,} records explained"
+        if answer.unseen:
+            yield from _wrapped("  ", _UNSEEN.format(answer.unseen), width)
     elif answer.divergence is None:
         number, records = answer.explained, answer.records
         yield f"stops early: {number:,} of {records:,} records explained, none wrong"

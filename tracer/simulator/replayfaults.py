@@ -19,6 +19,8 @@ _PAGE_PUTS = ("page_clean", "page_dirty", "pfn_clean", "pfn_dirty")
 _PLAIN = 1
 #: include/linux/mm.h
 _VM_WRITE = 2
+#: Puts and marks of one fault at most: its page's, and those of the pages prefetched beside it.
+_IN_A_FAULT = 20
 _NO_ROOT = "a memslot change that made the root obsolete"
 
 
@@ -31,6 +33,13 @@ class FaultRules(LeafRules):
         #: counts of drivers' pages as the last fault left them
         self._driver_counts: dict[int, int] = {}
         self._starts = [start for start, _ in sight.anonymous]
+        #: thread -> puts and marks of a fault that was under way when the recording began
+        self._under_way: dict[int, int] = {}
+        #: threads that a fault, a pin or a slot was recorded of, processes that made a VM
+        self._begun: set[int] = set()
+        self._makers: set[int] = set()
+        #: faults of which neither a record nor a count tells whether they gave their page back
+        self.unseen = 0
         #: an earlier record that turned out to be wrong
         self.blamed: Pending | None = None
 
@@ -50,6 +59,8 @@ class FaultRules(LeafRules):
         if row["fault_ts"] is None:
             if call in _PAGE_PUTS and self._unpinned.get(tid) == pfn:
                 del self._unpinned[tid]
+                return ""
+            if self._of_fault_under_way(row):
                 return ""
             expected = "a put outside of faults only where a pin ends or a pfn cache is refreshed"
             if call != self._kernel.cache_call:
@@ -80,6 +91,17 @@ class FaultRules(LeafRules):
                 return f"the put of the page that the fault mapped, pfn {leaf['pfn']:#x}"
         return ""
 
+    def _of_fault_under_way(self, row: Row) -> bool:
+        """May it be of a fault, or of a zap's marks, that the recorder saw only the end of?
+
+        So is what a thread of a VM older than the recording does before its first known fault.
+        """
+        tid = row["tid"]
+        if row["fault_ts"] is not None or tid in self._begun or row["tgid"] in self._makers:
+            return False
+        self._under_way[tid] = self._under_way.get(tid, 0) + 1
+        return self._under_way[tid] <= _IN_A_FAULT
+
     def _mark(self, row: Row, due: list[tuple[str, int]] | None) -> str:
         call, pfn, kernel = row["call"], row["pfn"], self._kernel
         if row["refcount"] is not None and row["refcount"] <= 0:
@@ -104,7 +126,7 @@ class FaultRules(LeafRules):
             fault = self._open(row)
             if pfn in fault.put_pfns and (row["refcount"] or 0) < fault.put_count:
                 return f"no {call} when the fault has put the page"
-        if not self.sight.marks:
+        if not self.sight.marks or self._of_fault_under_way(row):
             return ""
         return "no mark: no zap or write protection called for one"
 
@@ -161,13 +183,17 @@ class FaultRules(LeafRules):
         kernel = self._kernel
         put = kernel.shadow_put or kernel.put if row["mmu"] == "shadow" else kernel.put
         end, mapped = row["refcount_end"], row["mapcount_end"]
-        if put != "faultin" or end is None or row["page_bits"] != _PLAIN or row["pfn"] is None:
+        if put != "faultin" or end is None or row["pfn"] is None or row["pfn"] >> 52:
+            return ""
+        if row["page_bits"] != _PLAIN:
+            self.unseen += 1
             return ""
         if row["walk_pfn"] is not None:
             before = self._driver_counts.setdefault(row["walk_pfn"], end)
             self._driver_counts[row["walk_pfn"]] = end
             return f"a count of {before}, as the last fault left it" if end > before else ""
-        if mapped is None or row["pfn"] >> 52 or not self._is_anonymous(row["hva"]):
+        if mapped is None or not self._is_anonymous(row["hva"]):
+            self.unseen += 1
             return ""
         most = max(mapped, 0) + 2  # unmapped, it is still in the hands of mmu_gather
         if (row["page_flags_end"] or 0) & self.sight.lru:

@@ -119,7 +119,10 @@ class LeafRules:
             return "a memslot around this gfn"
         if new & (WRITABLE | self.sight.host_writable):
             if (row["page_bits"] or 0) & ZERO_PAGE:
-                return "no write access: nobody may write to the zero page"
+                return (
+                    "neither write access nor the host-writable bit: nobody may write to the zero "
+                    "page"
+                )
             if (flags or 0) & _READ_ONLY_SLOT and new & WRITABLE:
                 return "no write access: the slot is read-only"
         if pfn in self._freed:

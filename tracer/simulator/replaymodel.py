@@ -43,6 +43,8 @@ class Model(FaultRules):
             if due:
                 call, pfn = due[0]
                 return f"first {call} of pfn {pfn:#x}, which its SPTE had accessed or dirty"
+        if row["fault_ts"] is not None or row["kind"] in ("PIN", "SLOT", "VM"):
+            self._begun.add(row["tid"])
         return self._rules[row["kind"]](row)
 
     def leftovers(self) -> None:
@@ -50,9 +52,13 @@ class Model(FaultRules):
 
         Where the VM lives on, what its last second left open may still be explained by then.
         """
-        for vm in self._vms.values():
+        # What has no VM is over when all of them are.
+        known = [vm for number, vm in self._vms.items() if number]
+        none_left = bool(known) and all(vm.gone for vm in known)
+        for number, vm in self._vms.items():
+            over = vm.gone or (not number and none_left)
             for entry in (*vm.unexplained, *vm.overtaken, *vm.cached.values(), *vm.early.values()):
-                if vm.gone or entry.row["ts"] < self._now - _OPEN_NS:
+                if over or entry.row["ts"] < self._now - _OPEN_NS:
                     self._blame(entry.number, entry.row, entry.expected)
 
     # --- the notifier ----------------------------------------------------------------------------
@@ -74,13 +80,15 @@ class Model(FaultRules):
                         "range covers, before range_start returns"
                     )
         else:
-            covers = bool(vm.invalidating.pop(row["tid"], covers))
+            covers = bool(vm.invalidating.pop(row["tid"], covers and not vm.settled))
             vm.seq += covers
             vm.in_progress -= covers
             if covers:
                 vm.ends.append(row["ts"])
         vm.seq_shown = max(vm.seq_shown, row["invalidate_seq"])
         wanted = (row["invalidate_seq"], row["in_progress"])
+        if not vm.created and not self._settled(vm, row, covers):
+            return ""
         if wanted == (vm.seq, vm.in_progress):
             # Who was overtaken shows what another task had done by then, whose record came later.
             vm.overtaken = [entry for entry in vm.overtaken if entry.tid == row["tid"]]
@@ -94,6 +102,25 @@ class Model(FaultRules):
             return expected
         vm.overtaken.append(Pending(self._number, row, expected, row["tid"]))
         return ""
+
+    @staticmethod
+    def _settled(vm: VmSeen, row: Row, covers: bool) -> bool:
+        """Is it known what is in progress in a VM that is older than the recording?
+
+        From the first end on that leaves nothing in progress. An invalidation of a slot that no
+        fault has shown yet is counted by KVM and not here: then it is so again.
+        """
+        wanted = (row["invalidate_seq"], row["in_progress"])
+        if not covers and wanted != (vm.seq, vm.in_progress):
+            vm.settled = False
+        if vm.settled:
+            return True
+        vm.seq, vm.in_progress = wanted
+        if row["op"] == "end" and not row["in_progress"]:
+            vm.settled = True
+            vm.invalidating.clear()
+            vm.overtaken.clear()
+        return False
 
     # --- pages, pins, slots, VMs -----------------------------------------------------------------
 
@@ -157,6 +184,7 @@ class Model(FaultRules):
         vm = self._state(row)
         if row["op"] == "create":
             vm.created = True
+            self._makers.add(row["tgid"])
         elif row["op"] == "delete":
             left = sum(len(leaves) for leaves in vm.leaves.values())
             if left:

@@ -61,6 +61,8 @@ class VmSeen:
 
     def __init__(self) -> None:
         self.created = self.gone = False
+        #: of one that is older than the recording: is it known what was in progress before?
+        self.settled = False
         #: (as_id, slot) -> (first gfn, pages, hva, flags)
         self.slots: dict[tuple[int, int], tuple[int, int, int, int]] = {}
         self.leaves: dict[tuple[int, ...], list[LeafSeen]] = {}

@@ -37,7 +37,7 @@ from tracer.simulator.truthfile import TruthFiles, new_files, truth_paths
 from tracer.tracemeta import TraceMeta
 from tracer.tracewriter import TraceWriter
 
-__all__ = ("Knobs", "Outcome", "Progress", "catalogue", "simulate")
+__all__ = ("Knobs", "Outcome", "Progress", "catalogue", "check_knobs", "simulate")
 
 #: When the seed thread of this project, v9 of the series, was mailed. A trace must not say when
 #: it was made: the same seed gives the same bytes.
@@ -103,6 +103,21 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     }  # fmt: skip
 
 
+def check_knobs(knobs: Knobs) -> None:
+    """Raise UsageError if there can be no simulation with these knobs."""
+    if knobs.kernel not in KERNELS:
+        raise UsageError(f"--kernel {knobs.kernel}: no such kernel; there are {', '.join(KERNELS)}")
+    if not 1 <= knobs.vcpus <= _VCPUS_MAX:
+        raise UsageError(f"--vcpus {knobs.vcpus}: from 1 to {_VCPUS_MAX}")
+    scenario = load(knobs.scenario)
+    mmu = knobs.mmu or scenario.mmu
+    if mmu not in ("tdp", "shadow"):
+        raise UsageError(f"--mmu {mmu}: say tdp or shadow")
+    parse_bugs(list(knobs.bugs), KERNELS[knobs.kernel], mmu)
+    scenario.sizes(knobs.pages)
+    parse_hostile(knobs.hostile, knobs.seed)
+
+
 def simulate(
     knobs: Knobs, output: Path, *, version: str, overwrite: bool = False,
     progress: Progress | None = None,
@@ -136,18 +151,11 @@ class _Simulation:
         progress: Progress | None,
     ) -> None:  # fmt: skip
         self._progress = progress
-        if knobs.kernel not in KERNELS:
-            raise UsageError(
-                f"--kernel {knobs.kernel}: no such kernel; there are {', '.join(KERNELS)}"
-            )
-        if not 1 <= knobs.vcpus <= _VCPUS_MAX:
-            raise UsageError(f"--vcpus {knobs.vcpus}: from 1 to {_VCPUS_MAX}")
+        check_knobs(knobs)
         self._knobs, self._output, self._version = knobs, output, version
         self._kernel = KERNELS[knobs.kernel]
         self._scenario = load(knobs.scenario)
         mmu = knobs.mmu or self._scenario.mmu
-        if mmu not in ("tdp", "shadow"):
-            raise UsageError(f"--mmu {mmu}: say tdp or shadow")
         bugs = parse_bugs(list(knobs.bugs), self._kernel, mmu)
         self._sizes = self._scenario.sizes(knobs.pages)
         self._dice = Dice(knobs.seed)

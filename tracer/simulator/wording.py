@@ -17,7 +17,7 @@ from probes.errors import PfntraceError, UsageError
 from tracer.simulator.bugs import BUGS
 from tracer.simulator.kernels import KERNELS
 from tracer.simulator.scenario import load
-from tracer.simulator.simulate import Knobs, Outcome, Progress, catalogue, simulate
+from tracer.simulator.simulate import Knobs, Outcome, Progress, catalogue, check_knobs, simulate
 
 __all__ = (
     "Interrupted",
@@ -112,13 +112,18 @@ def knobs_of(
     kernel: str, scenario: str, bugs: Sequence[str] | None, vcpus: int, mem: str,
     faults: int | None, seed: int, mmu: str, hostile: Sequence[str] | None, output: Path | None,
 ) -> Knobs:  # fmt: skip
-    """Return the knobs of a command line, if there can be that output. Raises UsageError."""
+    """Return the knobs of a command line, if there can be that simulation and output.
+
+    Raises UsageError, before anything is said.
+    """
     if output == Path("-"):
         raise UsageError("-o -: a trace is no stream; name a file, its truth goes beside it")
-    return Knobs(
+    knobs = Knobs(
         kernel=kernel, scenario=scenario, bugs=tuple(bugs or ()), vcpus=vcpus,
         mem_bytes=parse_size(mem), faults=faults, seed=seed, mmu=mmu, hostile=tuple(hostile or ()),
     )  # fmt: skip
+    check_knobs(knobs)
+    return knobs
 
 
 class Interrupted(PfntraceError):
