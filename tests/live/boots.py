@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -32,6 +33,8 @@ class Boot:
     append: str = ""
 
 
+#: Boots for one row, of which each but the last has measured its clock wrongly.
+_BOOTS_MAX = 3
 _KERNELS = ("6.1", "6.12", "7.3")
 BOOTS: dict[str, Boot] = {
     **{
@@ -110,7 +113,18 @@ class Boots:
     def _run(self, name: str) -> Evidence:
         boot = BOOTS[name]
         out = self._folder / name
-        result: LabResult = run_in_lab(
+        for _ in range(_BOOTS_MAX):
+            result = self._boot(boot, out, name)
+            if result.status != os.EX_TEMPFAIL:
+                break
+            _say(name, b"its clock runs wrong: booted anew")
+        if result.status:
+            raise RuntimeError(f"scenario {boot.scenario} on {boot.kernel}: {result.stderr}")
+        return Evidence(boot, out)
+
+    @staticmethod
+    def _boot(boot: Boot, out: Path, name: str) -> LabResult:
+        return run_in_lab(
             ["python3", "/project/tests/live/guest/scenario.py", boot.scenario],
             kernel=boot.kernel,
             out=out,
@@ -122,9 +136,6 @@ class Boots:
             ),
             stdout=lambda data: _say(name, data),
         )
-        if result.status:
-            raise RuntimeError(f"scenario {boot.scenario} on {boot.kernel}: {result.stderr}")
-        return Evidence(boot, out)
 
     def evidence(self, name: str) -> Evidence:
         """Wait for a boot; raises GuestLost or RuntimeError if it did not go through."""
