@@ -59,9 +59,10 @@ _OLD_SOME = 8
 _PROCESS_ENDED = ("command", "vm")
 #: `state` of a page, with ANONYMOUS and KNOWN: it was zapped; `first` and `last` are of it; its
 #: count once moved otherwise than with a fault; KVM had to walk a PFNMAP mapping to find it; it was
-#: on no LRU list when it was zapped, so that one reference is of the batch, or of who took it off.
-_ZAPPED, _SEEN, _STRAYED, _PFNMAP, _QUEUED = 4, 8, 16, 32, 64
-_HISTORY = np.uint8(_SEEN | _STRAYED | _PFNMAP)
+#: on no LRU list when it was zapped, so that one reference is of the batch, or of who took it off;
+#: its count once fell between two faults.
+_ZAPPED, _SEEN, _STRAYED, _PFNMAP, _QUEUED, _FELL = 4, 8, 16, 32, 64, 128
+_HISTORY = np.uint8(_SEEN | _STRAYED | _PFNMAP | _FELL)
 _GFN_MAX = (1 << 32) - 1
 #: Largest order of a block that is freed at once: a 1G page.
 _ORDER_MAX = 18
@@ -159,7 +160,7 @@ class Growth:
         rows, at = those(rows, at, ts, since)
         above = faults["refcount_end"][rows] - faults["mapcount_end"][rows]
         pages = self._pages
-        strayed = self._strayed(faults, rows, at, above)
+        strayed, fell = self._strayed(faults, rows, at, above)
         # Of several faults of a page numpy keeps what is assigned last, so the first comes last.
         new = np.flatnonzero((pages["state"][at] & _SEEN) == 0)[::-1]
         pages["first"][at[new]] = above[new]
@@ -171,6 +172,7 @@ class Growth:
         known |= np.where(walked, np.uint8(_SEEN | _PFNMAP), np.uint8(_SEEN))
         pages["state"][at] = (pages["state"][at] & _HISTORY) | known
         pages["state"][strayed] |= np.uint8(_STRAYED)
+        pages["state"][fell] |= np.uint8(_FELL)
         pages["group"][at] = self._groups.of(faults["vm"][rows], faults["slot"][rows])
         pages["gfn"][at] = np.minimum(faults["gfn"][rows], np.uint64(_GFN_MAX))
         pages["cpu"][at] = faults["cpu"][rows]
@@ -181,8 +183,8 @@ class Growth:
         rows: npt.NDArray[np.int64],
         at: npt.NDArray[np.int64],
         above: npt.NDArray[Any],
-    ) -> npt.NDArray[np.int64]:
-        """Return pages whose count did anything but rise by one since the fault before."""
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return pages whose count did anything but rise by one since the fault before, or fell."""
         pages = self._pages
         order = np.argsort(at, kind="stable")
         page, count = at[order], above[order]
@@ -193,7 +195,7 @@ class Growth:
         # KVM's own reference shows at fault-in's return already; it must still be there at the end.
         taken = (faults["refcount"] - faults["mapcount"])[rows][order]
         stray = has_before & ((count != before + 1) | (taken != count))
-        return np.asarray(page[stray], np.int64)
+        return page[stray], page[has_before & (count < before)]
 
     def _feed_prefetches(self, join: FaultJoin, since: "Since | None") -> None:
         """Count the references of prefetched pages too: KVM takes and puts one for each."""
@@ -269,6 +271,7 @@ class Growth:
         grown = np.where((pages["state"][: len(pages)] & _SEEN) != 0, rise, 0)
         told = (self._risen(faults, grown), self._kept(faults))
         found = [finding for finding in told if finding is not None]
+        found = found or self._risen_slowly(faults, grown)
         if self._new is not None:
             new = kept_by_new_pages(self, self._recording, self._new)
             found += [one for one in new if one.is_anomaly or not found]
@@ -296,6 +299,14 @@ class Growth:
         # Other pages whose count went the same way are told with them, though LRU batches could.
         return self._growing(np.flatnonzero(exact), faults, grown, pfnmap)
 
+    def _risen_slowly(
+        self, faults: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]
+    ) -> list[Finding]:
+        """Look for counts that rise with some of the faults and never fall: that proves nothing."""
+        state = self._pages["state"][: len(self._pages)]
+        slow = (faults >= _FAULTS_SURE) & (grown >= _FAULTS_MANY) & ((state & _FELL) == 0)
+        return [self._growing(np.flatnonzero(slow), faults, grown)] if slow.any() else []
+
     def _growing(
         self,
         at: npt.NDArray[np.int64],
@@ -307,9 +318,11 @@ class Growth:
         worst = int(shown[np.argmax(grown[shown])])
         times, rise = int(faults[worst]), int(grown[worst])
         sure = times >= _FAULTS_SURE or len(at) >= _FAULTS_SURE * self._recording.facts.cpus
+        slow = pfnmap is None and rise < _MOST * (times - 1)
         more = "" if len(at) == 1 else f"; {plural(len(at) - 1, 'more page')} alike"
         frame = int(self._pages.frames(np.array([worst]))[0])
-        others = f"no: the count rose by {rise / max(1, times - 1):.2f} with each fault"
+        others = f"the count rose by {rise / max(1, times - 1):.2f} with each fault"
+        others = f"not ruled out: {others}, seldomer than by one" if slow else f"no: {others}"
         if pfnmap is not None:
             others = (
                 "no: get_user_pages() refuses PFNMAP memory, and it is on no LRU list: only its "
@@ -330,7 +343,7 @@ class Growth:
         )
         return self._finding(
             at,
-            "definite" if sure else "probable",
+            "inconclusive" if slow else "definite" if sure else "probable",
             f"the count of pfn {frame:#x} rose by {rise:,} in {times:,} faults, one with each, and "
             f"never fell{more}"
             if rise == times - 1

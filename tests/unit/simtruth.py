@@ -60,10 +60,11 @@ CONSEQUENCES = {
     "put_on_wrong_folio": {"balance", "dead-mark"},
     "resurrect": {"use-after-free", "refcounted-flag"},
     "stale_spte": {"use-after-free", "dead-mark"},
-    "stale_sequence": {"use-after-free", "dead-mark", "refcounted-flag"},
-    "lockless_put": {"use-after-free", "dead-mark"},
+    "stale_sequence": {"use-after-free", "dead-mark", "refcounted-flag", "two-leaves"},
+    "lockless_put": {"use-after-free", "dead-mark", "refcounted-flag"},
     "wrong_flag": {"balance", "dead-mark"},
-    "wrong_gfn": {"use-after-free", "dead-mark"},
+    # (of a fault that was under way when the recording began the leaf is nobody's)
+    "wrong_gfn": {"use-after-free", "dead-mark", "install"},
 }
 #: What may become of a page that is mapped and has no reference.
 _FREED = {"freed", "freed by put", "freed by drain", "reused"}

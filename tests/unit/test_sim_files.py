@@ -1,10 +1,12 @@
 """The files of a simulation: their names, whom they belong to, and that none is left half done."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,6 +41,15 @@ def test_a_truth_that_somebody_has_is_not_overwritten_unasked(tmp_path, table):
     # But when that is asked for, then it is new
     simulate(SMALL, tmp_path / "run.pfnt", version="0", overwrite=True)
     assert len(left(tmp_path)) == 4 and mine.read_bytes()[:4] == b"PAR1"
+
+
+def test_a_file_that_is_there_is_seen_before_a_story_is_told_twice(tmp_path, monkeypatch):
+    # Given a recording that begins late, for which the whole story is simulated first
+    late = dataclasses.replace(SMALL, hostile=("late",))
+    (tmp_path / "run.pfnt").write_bytes(b"mine")
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda: pytest.fail("it was simulated"))
+    with pytest.raises(OutputError, match="exists already"):
+        simulate(late, tmp_path / "run.pfnt", version="0")
 
 
 @pytest.mark.parametrize("name", ["run.pfnt", "run.truth-lives.parquet", "run.truth-bugs.parquet"])

@@ -56,6 +56,23 @@ def test_what_a_zap_marks_and_what_the_spte_says(tmp_path, kernel):
     assert bit == {KERNELS[kernel].generation == "G1"}
 
 
+def test_only_a_slot_whose_deletion_takes_seconds_counts_as_planted(tmp_path):
+    # Given memslots that come and go in milliseconds, and a bug that hardly ever strikes
+    made = make(tmp_path, scenario="slots", vcpus=5, mem_bytes=8 << 20, seed=938185,
+                bugs=("invalid_slot=0.000001",))  # fmt: skip
+    assert any(fault["result"] == "retry" for fault in made.faults())
+    assert made.truth("bugs") == []
+
+
+def test_a_stale_fault_that_maps_nothing_is_no_bug(tmp_path):
+    # Given a fault whose sequence is stale, and a vCPU that has mapped its 2M leaf meanwhile
+    made = make(tmp_path, kernel="v9", scenario="thp", mmu="tdp", vcpus=8, mem_bytes=4 << 20,
+                seed=182137, bugs=("stale_sequence",))  # fmt: skip
+    planted = {row["fault_ts"] for row in made.truth("bugs")}
+    mapped = {row["fault_ts"] for row in made.faults() if row["sptes"]}
+    assert planted <= mapped
+
+
 @pytest.mark.parametrize(
     ("kernel", "scenario", "seed"), [("v11", "snapshot", 421938537), ("6.13", "demand", 1)]
 )

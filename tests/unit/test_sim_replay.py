@@ -330,6 +330,23 @@ def test_a_bug_is_a_divergence_and_both_sides_are_told(tmp_path, bug, scenario, 
     assert found["first_divergence"]["expected"] == answer.expected
 
 
+def test_a_recording_without_a_record_says_so(tmp_path):
+    # Given a recorder that was armed when all was over: complete, and empty
+    made = make(tmp_path, scenario="dax", mem_bytes=1 << 20, seed=3, hostile=("late=1",))
+    answer = conform(made.path)
+    assert answer.records == 0 and not answer.conforms
+    lines = list(replay_lines(answer))
+    assert (
+        lines[0] == "nothing to replay: the recording is complete and holds no record"
+        and len(lines) == 2
+    )
+
+
+def test_json_names_what_was_recorded_and_the_model_it_is_held_against(tmp_path):
+    found = conform(make(tmp_path, kernel="6.13").path, model="v7").to_json()
+    assert (found["recorded"], found["kernel"]) == ("7.3.0-sim", "v7")
+
+
 def test_the_ragged_end_of_a_killed_recording_is_not_judged_and_does_not_conform(tmp_path):
     made = make(tmp_path, scenario="balloon", hostile=("truncate",))
     answer = conform(made.path)

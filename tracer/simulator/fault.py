@@ -139,6 +139,8 @@ class Vcpu(Putting):
             fault.ret = self._ret_retry
         else:
             self._map(fault, slot, key)
+            if fault.stale and fault.sptes:  # else another vCPU has mapped it by now, rightly
+                self._plant(fault.stale, fault, fault.pfn)
         put = self._puts
         if put == "locked":
             self._put(fault)
@@ -192,7 +194,7 @@ class Vcpu(Putting):
         if slot.valid and not (kernel.lockless_retry and self._invalidating(fault.gfn)):
             return False
         t_faultin = 2900 + fault.jitters[0] // 8
-        if not slot.valid and "invalid_slot" in self.world.bugs:
+        if slot.stuck:
             self._plant("invalid_slot", fault, 0)
         if kernel.lockless_retry and slot.valid:
             fault.pfn = ERR_FAULT
@@ -368,7 +370,7 @@ class Vcpu(Putting):
         if fault.marked:
             gone = vm.slots.get(fault.slot.id) is not fault.slot if fault.slot else False
             if gone or vm.seq != fault.mmu_seq:
-                self._plant("stale_slot" if gone else "stale_sequence", fault, fault.pfn)
+                fault.stale = "stale_slot" if gone else "stale_sequence"
                 return False
         if "sign_extension" in world.bugs and fault.mmu_seq >> 31 & 1:
             # int mmu_seq is compared with the unsigned long of struct kvm: never equal again.

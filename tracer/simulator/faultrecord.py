@@ -46,6 +46,8 @@ class Fault:
         self.faultin_ret, self.ret, self.level = -1, 0, 1
         #: does it hold a reference; was a race planted, and did its slot go
         self.held = self.writable = self.marked = self.outlived = False
+        #: the bug that lets it map what is stale
+        self.stale = ""
         #: is the page's count used; what KVM says of that
         self.counted = self.tracked = False
         self.stages = (NEVER, NEVER, NEVER, NEVER, NEVER)

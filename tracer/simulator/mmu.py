@@ -65,7 +65,7 @@ class Slot:
     """One memslot; `valid` is false while it is being deleted (KVM_MEMSLOT_INVALID)."""
 
     __slots__ = ("as_id", "base", "dirty_log", "end", "first", "flags", "hva", "hva_end", "id",
-                 "mapping", "npages", "told", "valid")  # fmt: skip
+                 "mapping", "npages", "stuck", "told", "valid")  # fmt: skip
 
     def __init__(
         self, slot_id: int, base: int, npages: int, mapping: Mapping, first: int, flags: int
@@ -76,6 +76,8 @@ class Slot:
         self.hva = mapping.hva + (first << 12)
         self.hva_end = self.hva + (npages << 12)
         self.valid = True
+        #: bug invalid_slot: does its deletion take seconds?
+        self.stuck = False
         self.dirty_log = False
         #: does the recording know it?
         self.told = True

@@ -311,6 +311,7 @@ def delete_slot(world: World, vm: Vm, task: Task, slot: Slot, moved: Slot | None
     slot.valid = False
     task.now += 200_000  # synchronize_srcu()
     if world.strikes("invalid_slot"):  # a reader that does not come out of its section
+        slot.stuck = True
         task.now += 2_000_000_000
         yield task.now
     yield from vm.write_lock(task, 800)

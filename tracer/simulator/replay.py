@@ -53,7 +53,11 @@ class Conformance:
     """
 
     trace: Path
+    #: the kernel that was recorded, as it names itself; the model that it is held against
+    recorded: str
     kernel: str
+    #: does the recording say where it ends?
+    complete: bool
     records: int
     explained: int
     #: faults of which nothing recorded tells whether they gave their page back
@@ -75,6 +79,7 @@ class Conformance:
         """Return plain JSON, what `pfntrace replay --json` prints."""
         found: dict[str, Any] = {
             "trace": str(self.trace),
+            "recorded": self.recorded,
             "kernel": self.kernel,
             "records": self.records,
             "explained": self.explained,
@@ -241,7 +246,9 @@ def _run(
             first, known_at = wrong, seen
     return Conformance(
         trace=path,
+        recorded=str(reader.info()["kernel"]),
         kernel=kernel.name,
+        complete=bool(reader.info()["complete"]),
         records=records,
         explained=seen if first is None else first.number - 1,
         unjudged=records - seen if first is None else 0,
@@ -292,7 +299,9 @@ def _shown(row: Any) -> dict[str, Any]:
 def replay_lines(answer: Conformance, width: int = 80) -> Iterator[str]:
     """Yield the answer for a terminal of so many columns."""
     model = KERNELS[answer.kernel]
-    if answer.conforms:
+    if answer.complete and not answer.records:
+        yield "nothing to replay: the recording is complete and holds no record"
+    elif answer.conforms:
         yield f"conforms: {answer.explained:,} of {answer.records:,} records explained"
         if answer.unseen:
             yield from _wrapped("  ", _UNSEEN.format(answer.unseen), width)

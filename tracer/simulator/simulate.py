@@ -33,7 +33,7 @@ from tracer.simulator.ops import (
 )
 from tracer.simulator.recorder import KIND, Recorder
 from tracer.simulator.scenario import Memory, Phase, load, names
-from tracer.simulator.truthfile import TruthFiles, new_files, truth_paths
+from tracer.simulator.truthfile import TruthFiles, check_new_files, new_files, truth_paths
 from tracer.tracemeta import TraceMeta
 from tracer.tracewriter import TraceWriter
 
@@ -129,9 +129,10 @@ def simulate(
     """
     hostile, span = parse_hostile(knobs.hostile, knobs.seed), (0, FOREVER)
     if hostile.cuts:  # how long the story is only its end tells
+        check_new_files(output, overwrite=overwrite)
         with tempfile.TemporaryDirectory() as folder:
             whole = simulate(dataclasses.replace(knobs, hostile=()), Path(folder) / "whole.pfnt",
-                             version=version)  # fmt: skip
+                             version=version, progress=progress)  # fmt: skip
         span = hostile.span(int(whole.seconds * 1e9))
     collected = gc.isenabled()
     gc.disable()  # millions of objects and no cycles: the collector would only look at them again

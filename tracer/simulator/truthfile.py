@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from probes.errors import OutputError
 from tracer.simulator.ledger import LIVES, PLANTED, REFERENCES, Ledger
 
-__all__ = ("TruthFiles", "new_files", "truth_paths")
+__all__ = ("TruthFiles", "check_new_files", "new_files", "truth_paths")
 
 _TABLES = {"lives": LIVES, "references": REFERENCES, "bugs": PLANTED}
 #: Rows of one row group.
@@ -29,6 +29,17 @@ def truth_paths(trace: Path) -> dict[str, Path]:
     return {name: trace.parent / f"{whole}.truth-{name}.parquet" for name in _TABLES}
 
 
+def check_new_files(trace: Path, *, overwrite: bool) -> tuple[Path, ...]:
+    """Return the paths of a trace and its truth, if they can be new files.
+
+    Raises OutputError if one is there already (unless `overwrite`) or is no ordinary file.
+    """
+    paths = (trace, *truth_paths(trace).values())
+    for path in paths:
+        _check_new(path, overwrite)
+    return paths
+
+
 @contextlib.contextmanager
 def new_files(trace: Path, *, overwrite: bool) -> Iterator[list[Path]]:
     """Take care of a trace and its truth: whoever makes a file of them adds it to the list.
@@ -37,9 +48,7 @@ def new_files(trace: Path, *, overwrite: bool) -> Iterator[list[Path]]:
     no ordinary file. If the block fails, what was made is removed, since half a truth beside half a
     trace would look like a whole story, and what was to be overwritten is there again.
     """
-    paths = (trace, *truth_paths(trace).values())
-    for path in paths:
-        _check_new(path, overwrite)
+    paths = check_new_files(trace, overwrite=overwrite)
     made: list[Path] = []
     aside: dict[Path, Path] = {}
     try:
