@@ -139,7 +139,7 @@ class Growth:
             # Pages that were freed and handed out again in this chunk begin anew.
             self._take(chunk, again)
 
-    def _take(self, chunk: Chunk, since: "Since | None") -> None:
+    def _take(self, chunk: Chunk, since: Since | None) -> None:
         """Take what happened to pages; only since they were freed if `since` is given."""
         if len(chunk.faults):
             if self._new is not None and since is None:
@@ -148,7 +148,7 @@ class Growth:
             self._feed_prefetches(chunk.faults, since)
         self._feed_zaps(chunk["SPTE"], since)
 
-    def _feed_faults(self, faults: Records, since: "Since | None") -> None:
+    def _feed_faults(self, faults: Records, since: Since | None) -> None:
         judged = judged_faults(faults, self._recording)
         judged &= (faults["page_bits"] & _COMPOUND) == 0
         rows = np.flatnonzero(judged & (faults["page_bits_end"] > 0))
@@ -197,7 +197,7 @@ class Growth:
         stray = has_before & ((count != before + 1) | (taken != count))
         return page[stray], page[has_before & (count < before)]
 
-    def _feed_prefetches(self, join: FaultJoin, since: "Since | None") -> None:
+    def _feed_prefetches(self, join: FaultJoin, since: Since | None) -> None:
         """Count the references of prefetched pages too: KVM takes and puts one for each."""
         sptes, faults = join.sptes, join.records
         rows = sptes["cause"] == code("cause", "prefetch")
@@ -221,7 +221,7 @@ class Growth:
         pages["gfn"][at] = np.minimum(sptes["gfn"][rows], np.uint64(_GFN_MAX))
         pages["cpu"][at] = sptes["cpu"][rows]
 
-    def _feed_zaps(self, sptes: Records, since: "Since | None") -> None:
+    def _feed_zaps(self, sptes: Records, since: Since | None) -> None:
         zaps = (sptes["op"] == code("op", "zap")) & (sptes["level"] == 1)
         # A type in place of the map count (buddy, slab) is far below -1.
         zaps &= (sptes["page_bits"] > 0) & (sptes["mapcount"] >= -1)
@@ -237,7 +237,7 @@ class Growth:
         zapped = np.where(queued, np.uint8(_ZAPPED | _QUEUED), np.uint8(_ZAPPED))
         self._pages["state"][at] = (self._pages["state"][at] & ~np.uint8(_QUEUED)) | zapped
 
-    def _feed_frees(self, frees: Records) -> "Since | None":
+    def _feed_frees(self, frees: Records) -> Since | None:
         """Forget freed pages; return those that a fault got again in this chunk, if any."""
         if not len(frees) or not len(self._pages):
             return None

@@ -301,8 +301,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 def clock_is_wrong() -> bool:
     """Does the kernel's clock run otherwise than the machine's, which keeps the host's time?
 
-    A kernel measures its TSC while it boots; on a busy host one came to tell of 300 s where 85 had
-    gone by.
+    Once one told of 300 s where 85 had gone by. It was not seen why; a kernel measures its TSC
+    while it boots, and a busy host may disturb that.
     """
     ticks = Path("/sys/class/rtc/rtc0/since_epoch")
 
